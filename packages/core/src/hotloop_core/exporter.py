@@ -1,0 +1,124 @@
+"""What an exporter receives and returns. An exporter sees core only: no transformers, no PEFT, no model object."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .facts import ModelFacts
+    from .family import FamilySpec
+
+Contents = Literal["merged", "adapter"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    """One tensor of a model, loaded when asked for.
+
+    name: the state-dict key (for an adapter: PEFT's key). role: the place in the family's description ("q", "gate",
+    "before_attention", "embedding", "final_norm", "head", "q_norm", ...), or "other". part: "weight", "bias", or
+    "lora_A" / "lora_B". layer: its index, None outside the layers. dtype: the stored dtype's torch name ("bfloat16").
+    load(): the tensor on the host or a device; merged already; the caller owns it and drops it before the next.
+    """
+
+    name: str
+    role: str
+    part: str
+    layer: int | None
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], Tensor]
+
+
+class TensorStream(Protocol):
+    """Every tensor to export, once, in checkpoint order. It can be iterated again (several quantisations)."""
+
+    def __iter__(self) -> Iterator[TensorEntry]: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What to export and where.
+
+    directory: exists; the exporter puts its files into it, each under a temporary name until all is whole.
+    source: a directory with config.json, generation_config.json, tokenizer files, and for an adapter
+        adapter_config.json, as transformers and PEFT save them. chat_template: Jinja text or None.
+    tokenize: text -> ids without special tokens added, by the model's own tokenizer.
+    quants: names that the exporter declared, one output each. contents: the merged model, or the adapter alone.
+    overwrite: replace existing outputs. progress: called with (tensors done, tensors in all, name).
+    metadata: what a model card says (base model, data, licence ...), plain values.
+    """
+
+    family: FamilySpec
+    facts: ModelFacts
+    tensors: TensorStream
+    directory: Path
+    source: Path
+    name: str
+    quants: tuple[str, ...]
+    contents: Contents = "merged"
+    tokenize: Callable[[str], list[int]] | None = None
+    chat_template: str | None = None
+    overwrite: bool = False
+    max_shard_bytes: int = 5 * 10**9
+    progress: Callable[[int, int, str], None] | None = None
+    metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportedFile:
+    """A file that was written: path, size in bytes, and its SHA-256 in hexadecimal."""
+
+    path: Path
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What an export wrote. dropped: names of tensors left out, with the reason. notes: what a user should know."""
+
+    format: str
+    quants: tuple[str, ...]
+    files: tuple[ExportedFile, ...]
+    tensors: int
+    dropped: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(f.bytes for f in self.files)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.format} {', '.join(self.quants)}: {self.tensors} tensors, {self.bytes:,} bytes"
+        ]
+        lines += [f"  {f.path.name}  {f.bytes:,} bytes  sha256 {f.sha256}" for f in self.files]
+        lines += [f"  left out: {name} ({why})" for name, why in self.dropped.items()]
+        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExporterSpec:
+    """An export format. target: "package.module:function", a function of ExportRequest that returns ExportReport.
+
+    quants: what a user can ask for, each with one line of explanation; the first is the default. aliases: other names
+    for them. adapter_quants: those of them that write the adapter alone.
+    """
+
+    api: int
+    name: str
+    target: str
+    summary: str
+    quants: Mapping[str, str]
+    aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    adapter_quants: frozenset[str] = frozenset()

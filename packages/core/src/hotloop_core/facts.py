@@ -1,0 +1,211 @@
+"""Sizes and kinds of one model, read from its config alone: what planning and exporting need before any weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from .errors import ConfigError, UnsupportedError
+from .family import Attention, Config, FamilySpec, Glu
+
+if TYPE_CHECKING:
+    from .kernels import Activation
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """Sizes are elements; windows holds, for each layer, the sliding window in tokens or None.
+
+    rope: the config's rope parameters, normalised: always `rope_type` and `rope_theta`; per layer type where the config
+    keeps them so (Gemma 3). logit_divisor divides the logits before the loss, residual_scale multiplies each block's
+    output before it is added (both 1 but for Granite). config is the mapping that all this was read from.
+    """
+
+    family: str
+    model_type: str
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    activation: Activation
+    max_positions: int
+    tied: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    attention_scale: float
+    attention_softcap: float | None
+    attention_dropout: float
+    logit_softcap: float | None
+    logit_divisor: float
+    residual_scale: float
+    windows: tuple[int | None, ...]
+    rope: Mapping[str, Any]
+    config: Config
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of the seven projections of a dense layer, by role."""
+        d, i, q, kv = (
+            self.hidden_size,
+            self.intermediate_size,
+            self.heads * self.head_dim,
+            self.kv_heads * self.head_dim,
+        )
+        return {
+            "q": (q, d),
+            "k": (kv, d),
+            "v": (kv, d),
+            "o": (d, q),
+            "gate": (i, d),
+            "up": (i, d),
+            "down": (d, i),
+        }
+
+    @property
+    def layer_parameters(self) -> int:
+        """Weights of one layer's projections."""
+        return sum(n * k for n, k in self.linear_shapes().values())
+
+
+def facts_of(family: FamilySpec, config: Config) -> ModelFacts:
+    """Reads a config as `family` says it is kept.
+
+    Raises:
+        ConfigError: a size is missing, not a positive integer, or sizes contradict each other.
+        UnsupportedError: the activation is none that the engine has.
+
+    """
+    keys, layer = family.keys, family.layer_spec(config, 0)
+    hidden = _size(config, keys.hidden_size, family)
+    heads = _size(config, keys.heads, family)
+    layers = _size(config, keys.layers, family)
+    kv_heads = _size(config, keys.kv_heads, family, default=heads)
+    if heads % kv_heads:
+        raise ConfigError(
+            f"{keys.heads}={heads} is not a multiple of {keys.kv_heads}={kv_heads}; "
+            "every key/value head serves the same number of query heads. Check config.json."
+        )
+    if config.get(keys.head_dim) is None and hidden % heads:
+        raise ConfigError(
+            f"{keys.hidden_size}={hidden} is not a multiple of {keys.heads}={heads} and config.json "
+            f"has no {keys.head_dim!r}; add it, or correct the sizes."
+        )
+    head_dim = _size(config, keys.head_dim, family, default=hidden // heads)
+    attention, mlp = layer.attention, layer.mlp
+    return ModelFacts(
+        family=family.name,
+        model_type=str(config.get("model_type")),
+        hidden_size=hidden,
+        intermediate_size=_size(config, keys.intermediate_size, family),
+        layers=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=_size(config, keys.vocab_size, family),
+        norm_eps=float(config.get(keys.norm_eps, 1e-6)),
+        activation=_activation(config, keys.activation),
+        max_positions=_size(config, keys.max_positions, family, default=2048),
+        tied=bool(config.get(keys.tied, False)),
+        qkv_bias=isinstance(attention, Attention) and _flag(config, attention.qkv_bias),
+        o_bias=isinstance(attention, Attention) and _flag(config, attention.o_bias),
+        mlp_bias=isinstance(mlp, Glu) and _flag(config, mlp.bias),
+        qk_norm=isinstance(attention, Attention) and attention.q_norm is not None,
+        attention_scale=_attention_scale(config, family, head_dim),
+        attention_softcap=_number(config, keys.attention_softcap),
+        attention_dropout=_number(config, keys.attention_dropout) or 0.0,
+        logit_softcap=_number(config, keys.logit_softcap),
+        logit_divisor=_number(config, keys.logit_divisor) or 1.0,
+        residual_scale=_number(config, keys.residual_scale) or 1.0,
+        windows=_windows(config, family, layers),
+        rope=_rope(config),
+        config=config,
+    )
+
+
+def _size(config: Config, key: str, family: FamilySpec, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ConfigError(
+            f"config.json: {key!r} is {value!r}, expected a positive integer "
+            f"(family {family.name!r}). Check that the config belongs to this model."
+        )
+    return value
+
+
+def _number(config: Config, key: str | None) -> float | None:
+    value = None if key is None else config.get(key)
+    return None if value is None else float(value)
+
+
+def _flag(config: Config, value: bool | str) -> bool:
+    return bool(config.get(value, False)) if isinstance(value, str) else value
+
+
+def _activation(config: Config, key: str) -> Activation:
+    name = config.get(key)
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
+        raise UnsupportedError(
+            f"config.json: {key!r} is {name!r}; the engine has {', '.join(sorted(_ACTIVATIONS))}. "
+            "Train this model without wiring it, or bring a block of your own (docs/write-a-family.md)."
+        )
+    return _ACTIVATIONS[name]
+
+
+def _attention_scale(config: Config, family: FamilySpec, head_dim: int) -> float:
+    scale = _number(config, family.keys.attention_scale)
+    if scale is not None:
+        return scale
+    return (_number(config, family.keys.query_scale) or head_dim) ** -0.5
+
+
+def _windows(config: Config, family: FamilySpec, layers: int) -> tuple[int | None, ...]:
+    keys = family.keys
+    window = None if keys.window is None else config.get(keys.window)
+    if window is None or (keys.use_window is not None and not config.get(keys.use_window, False)):
+        return (None,) * layers
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return (int(window),) * layers
+    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds[:layers])
+
+
+def _rope(config: Config) -> Mapping[str, Any]:
+    """Transformers 5 keeps `rope_parameters`; checkpoints before it `rope_theta` and `rope_scaling`."""
+    parameters = config.get("rope_parameters")
+    if parameters is None:
+        parameters = dict(config.get("rope_scaling") or {})
+        parameters["rope_theta"] = config.get("rope_theta", 10000.0)
+        if "rope_local_base_freq" in config:
+            return {
+                "full_attention": _rope_entry(parameters),
+                "sliding_attention": {
+                    "rope_type": "default",
+                    "rope_theta": float(config["rope_local_base_freq"]),
+                },
+            }
+    parameters = cast("Mapping[str, Any]", parameters)
+    nested = {k: _rope_entry(v) for k, v in parameters.items() if isinstance(v, Mapping)}
+    return nested or _rope_entry(parameters)
+
+
+def _rope_entry(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    entry = {k: v for k, v in parameters.items() if k != "type"}
+    entry["rope_type"] = parameters.get("rope_type", parameters.get("type", "default"))
+    entry["rope_theta"] = float(parameters.get("rope_theta", 10000.0))
+    return entry

@@ -1,0 +1,190 @@
+"""How a family describes itself: what a decoder layer is, where a config keeps its sizes, how tensors are exported.
+
+A description names modules by their path in the transformers model and says what kind each is. It holds no code: one
+engine runs every description, so a faster kernel serves every family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+API = 1
+"""The version of the types in this module and in `exporter`, `hooks`. Core accepts this one and the one before."""
+
+NormKind = Literal["rms", "layer"]
+Config = Mapping[str, Any]
+"""A model's `config.json` as a mapping (`PreTrainedConfig.to_dict()` gives the same)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norms:
+    """The norms of a decoder layer, by path within the layer.
+
+    x + after_attention(attention(before_attention(x))), then the same around the MLP. A norm that is None is absent:
+    Llama has the two `before_*`, Gemma 2 all four, OLMo 2 the two `after_*`.
+    offset: y = x_normed * (offset + w), 1 for Gemma. It holds for the final norm and the q/k norms too.
+    """
+
+    before_attention: str | None
+    before_mlp: str | None
+    after_attention: str | None = None
+    after_mlp: str | None = None
+    kind: NormKind = "rms"
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Grouped-query attention with rotary positions, by paths within the layer.
+
+    module: the attention module itself, whose hooks and attributes the wiring checks.
+    qkv_bias, o_bias: True, False, or the config key that says it.
+    q_norm, k_norm: norms over each head before the rotation (Qwen3, Gemma 3).
+    interleaved: pairs of the rotation are even/odd dimensions instead of the two halves.
+    """
+
+    q: str
+    k: str
+    v: str
+    o: str
+    module: str = "self_attn"
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    q_norm: str | None = None
+    k_norm: str | None = None
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Glu:
+    """down(act(gate(x)) * up(x)), by paths within the layer. bias: True, False, or the config key that says it."""
+
+    gate: str
+    up: str
+    down: str
+    module: str = "mlp"
+    bias: bool | str = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek V2, V3; arXiv:2405.04434 section 2.1), by paths within the layer."""
+
+    q: str | None
+    q_down: str | None
+    q_up: str | None
+    q_norm: str | None
+    kv_down: str
+    kv_up: str
+    kv_norm: str
+    o: str
+    module: str = "self_attn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureOfExperts:
+    """Routed gated MLPs with fused 3-D expert weights, by paths within the layer."""
+
+    router: str
+    experts_gate_up: str
+    experts_down: str
+    shared: Glu | None = None
+    module: str = "mlp"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomBlock:
+    """A block that the family brings itself: `target` ("package.module:Class") implements `kernels.Block`.
+
+    module: the path of the submodule that it covers. parameters: paths within the layer of every module it reads.
+    """
+
+    target: str
+    module: str
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """What one decoder layer is."""
+
+    norms: Norms
+    attention: Attention | LatentAttention | CustomBlock
+    mlp: Glu | MixtureOfExperts | CustomBlock
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigKeys:
+    """Where a config keeps each fact. None: the family has no such thing.
+
+    query_scale: attention scale is value ** -0.5 (Gemma's query_pre_attn_scalar); else head_dim ** -0.5.
+    attention_scale: the attention scale itself (Granite's attention_multiplier).
+    window: the sliding window; it holds for every layer whose `layer_types` entry says so, or for all where the config
+    has no such list. use_window: a switch that must be true for the window to count (Qwen 2).
+    """
+
+    hidden_size: str = "hidden_size"
+    intermediate_size: str = "intermediate_size"
+    layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    kv_heads: str = "num_key_value_heads"
+    head_dim: str = "head_dim"
+    vocab_size: str = "vocab_size"
+    norm_eps: str = "rms_norm_eps"
+    activation: str = "hidden_act"
+    max_positions: str = "max_position_embeddings"
+    tied: str = "tie_word_embeddings"
+    query_scale: str | None = None
+    attention_scale: str | None = None
+    attention_softcap: str | None = None
+    attention_dropout: str | None = "attention_dropout"
+    logit_softcap: str | None = None
+    logit_divisor: str | None = None
+    residual_scale: str | None = None
+    window: str | None = None
+    use_window: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportFacts:
+    """What an exporter of one format must know of a family, in that format's own terms.
+
+    architecture: the format's name for it. names: role -> tensor name, `{layer}` standing for the index; only where it
+    differs from the exporter's table. transforms: role -> name of a transform that the exporter documents.
+    metadata: key of the format -> name of a field of `ModelFacts`, or a literal that is not a string.
+    """
+
+    architecture: str
+    names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    transforms: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilySpec:
+    """A model family. Paths are those of transformers' `...ForCausalLM`.
+
+    layer: one description for every layer, or a function of (config, index) where layers differ in kind.
+    exports: format name -> what its exporter must know.
+    distribution: what to install to get it, for messages ("hotloop-llama").
+    """
+
+    api: int
+    name: str
+    model_types: frozenset[str]
+    layer: LayerSpec | Callable[[Config, int], LayerSpec]
+    keys: ConfigKeys = field(default_factory=ConfigKeys)
+    decoder: str = "model"
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    exports: Mapping[str, ExportFacts] = field(default_factory=lambda: MappingProxyType({}))
+    examples: tuple[str, ...] = ()
+
+    def layer_spec(self, config: Config, index: int) -> LayerSpec:
+        """The description of layer `index`."""
+        return self.layer(config, index) if callable(self.layer) else self.layer

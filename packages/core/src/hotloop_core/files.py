@@ -1,0 +1,163 @@
+"""Files that are either whole or not there: written under a temporary name, synced, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from .errors import ExportError, OutputExistsError, SecurityError
+from .exporter import ExportedFile
+
+_PARTIAL = ".partial"
+
+
+class HashingFile:
+    """A binary file that only grows: counts its bytes and keeps their SHA-256 as they pass."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: bytes | bytearray | memoryview) -> int:
+        """Appends `data` (any contiguous buffer)."""
+        view = memoryview(data).cast("B")
+        self._file.write(view)
+        self._hash.update(view)
+        self.bytes += view.nbytes
+        return view.nbytes
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self.bytes
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of everything written, in hexadecimal."""
+        return self._hash.hexdigest()
+
+
+class Outputs:
+    """The files of one export: all appear under their names together at the end, or none do.
+
+    Use as a context manager. A crash leaves at most files that end in `.partial`, which the next export of the same
+    names replaces. Renames of several files are one after another: the last name given to `open` is renamed last, so
+    write what makes the set look whole (an index, a config) last.
+    """
+
+    def __init__(self, directory: Path, *, overwrite: bool = False) -> None:
+        self.directory = directory
+        self.overwrite = overwrite
+        self.files: list[ExportedFile] = []
+        self._names: list[str] = []
+
+    def __enter__(self) -> Outputs:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        partials = [self._partial(name) for name in self._names]
+        if kind is not None:
+            for partial in partials:
+                partial.unlink(missing_ok=True)
+            return
+        for name, partial in zip(self._names, partials, strict=True):
+            os.replace(partial, self.directory / name)
+        _sync_directory(self.directory)
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[HashingFile]:
+        """A new file `name`.
+
+        Raises:
+            OutputExistsError: it exists and `overwrite` is off.
+            SecurityError: the name leads out of the directory.
+            ExportError: the disk is full or the directory cannot be written.
+
+        """
+        self._claim(name)
+        try:
+            with self._partial(name).open("wb", buffering=1 << 20) as raw:
+                file = HashingFile(raw)
+                yield file
+                raw.flush()
+                os.fsync(raw.fileno())
+        except OSError as error:
+            raise ExportError(
+                f"cannot write {self.directory / name}: {error.strerror or error}. "
+                "Nothing was left behind; free space or choose another directory."
+            ) from error
+        self.files.append(
+            ExportedFile(path=self.directory / name, bytes=file.bytes, sha256=file.sha256)
+        )
+
+    def write(self, name: str, data: bytes | str) -> None:
+        """A small file, whole."""
+        with self.open(name) as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+
+    def copy(self, source: Path, name: str | None = None) -> None:
+        """A copy of `source`, under its own name unless another is given."""
+        with self.open(name or source.name) as file, source.open("rb") as original:
+            while block := original.read(1 << 22):
+                file.write(block)
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raises OutputExistsError now, before any work, where one of `names` exists and may not be replaced."""
+        existing = [n for n in names if (self.directory / n).exists()]
+        if existing and not self.overwrite:
+            raise OutputExistsError(
+                f"{self.directory} already has {', '.join(sorted(existing))}. "
+                "Choose another directory, or pass overwrite=True (--overwrite)."
+            )
+
+    def require_space(self, needed_bytes: int) -> None:
+        """Raises ExportError where the disk has less than `needed_bytes` free."""
+        free = shutil.disk_usage(self.directory).free
+        if free < needed_bytes:
+            raise ExportError(
+                f"{self.directory} has {free / 1e9:.2f} GB free; this export needs {needed_bytes / 1e9:.2f} GB. "
+                "Free space, choose another directory or a smaller quantisation."
+            )
+
+    def _claim(self, name: str) -> None:
+        if not re.fullmatch(r"[^/\\\0]+", name) or name in {".", ".."}:
+            raise SecurityError(f"file name {name!r} is not a plain name inside {self.directory}")
+        self.check([name])
+        if name in self._names:
+            raise ExportError(
+                f"{name!r} was written twice in one export; this is a fault of the exporter"
+            )
+        self._names.append(name)
+
+    def _partial(self, name: str) -> Path:
+        return self.directory / f".{name}{_PARTIAL}"
+
+
+def write_atomically(path: Path, data: bytes | str) -> None:
+    """Replaces `path` by `data`, whole or not at all."""
+    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _sync_directory(directory: Path) -> None:
+    if os.name == "nt":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,119 @@
+"""A plan: where every tensor that backward needs lives, and what it is expected to cost. Data only; no effect."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .facts import ModelFacts
+
+GIB = 2**30
+
+
+class Placement(StrEnum):
+    """Where a tensor that backward needs is between forward and backward."""
+
+    KEEP = "keep"
+    OFFLOAD = "offload"
+    RECOMPUTE = "recompute"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedTensor:
+    """A tensor that a dense layer's backward needs.
+
+    elements: per token, in the model's dtype. extra_bytes: per token beside them (the fp32 log-sum-exp).
+    flops: per token, to compute it again, attention's own (which grow with the sequence) not counted.
+    can_recompute: False for the residual stream that enters the layer.
+    """
+
+    name: str
+    elements: int
+    extra_bytes: int = 0
+    flops: int = 0
+    can_recompute: bool = True
+
+
+def saved_tensors(facts: ModelFacts) -> tuple[SavedTensor, ...]:
+    """What one dense layer's backward needs, in the order of forward. The engine's blocks use these names."""
+    shapes = facts.linear_shapes()
+    d, i = facts.hidden_size, facts.intermediate_size
+    q, kv = shapes["q"][0], shapes["k"][0]
+    return (
+        SavedTensor(name="x", elements=d, can_recompute=False),
+        SavedTensor(name="qkv", elements=q + 2 * kv, flops=2 * d * (q + 2 * kv)),
+        SavedTensor(name="attention", elements=q, extra_bytes=4 * facts.heads),
+        SavedTensor(name="x_mid", elements=d, flops=2 * q * d),
+        SavedTensor(name="gate_up", elements=2 * i, flops=4 * d * i),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """One layer: tensor name -> placement (a name that is not there is kept), and whether its weights are streamed."""
+
+    placements: Mapping[str, Placement] = field(default_factory=lambda: MappingProxyType({}))
+    streamed: bool = False
+
+    def placement(self, name: str) -> Placement:
+        """Where the tensor `name` waits."""
+        return self.placements.get(name, Placement.KEEP)
+
+
+KEEP_ALL = LayerPlan()
+RECOMPUTE_ALL = LayerPlan(
+    placements=MappingProxyType(
+        {name: Placement.RECOMPUTE for name in ("qkv", "attention", "x_mid", "gate_up")}
+    )
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Placements for every layer, and the prediction that they rest on.
+
+    tokens: per step on this device; longest: the longest sequence among them. memory: what the peak is made of, in
+    bytes, by name. step_ms: predicted, by part; empty where the card is unknown. budget: bytes, or None.
+    notes: why the next faster plan does not fit, and what else a user should know.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    tokens: int
+    longest: int
+    memory: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    step_ms: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    budget: int | None = None
+    card: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """The predicted peak of device memory."""
+        return sum(self.memory.values())
+
+    def __str__(self) -> str:
+        lines = [f"plan for {self.tokens:,} tokens a step, longest sequence {self.longest:,}"]
+        kinds = Counter(tuple(sorted(layer.placements.items())) for layer in self.layers)
+        for placements, count in kinds.items():
+            by_placement: dict[str, list[str]] = {}
+            for name, placement in placements:
+                by_placement.setdefault(placement.value, []).append(name)
+            text = "; ".join(f"{p} {' '.join(names)}" for p, names in by_placement.items())
+            lines.append(f"  {count} layers: {text or 'keep everything'}")
+        streamed = sum(layer.streamed for layer in self.layers)
+        if streamed:
+            lines.append(f"  {streamed} layers' weights streamed from host memory")
+        for name, size in self.memory.items():
+            lines.append(f"  {name:<28}{size / GIB:8.2f} GiB")
+        if self.memory:
+            budget = "" if self.budget is None else f" of {self.budget / GIB:.2f} GiB"
+            lines.append(f"  {'predicted peak':<28}{self.peak_bytes / GIB:8.2f} GiB{budget}")
+        if self.step_ms:
+            on = f" on {self.card}" if self.card else ""
+            lines.append(f"  {'predicted step':<28}{sum(self.step_ms.values()):8.0f} ms{on}")
+        return "\n".join(lines + [f"  {note}" for note in self.notes])

@@ -1,0 +1,1 @@
+"""Hand-derived forward and backward passes: ops, blocks, attention, losses and stores."""

@@ -1,0 +1,363 @@
+"""Causal attention over sequences: what a backend is, what each can do, and which one runs."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from hotloop_core.errors import ConfigError, NoImplementationError
+from torch import Tensor
+
+from .sequences import Sequences
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a layer asks of attention. Hashable; the same for every batch of one kind.
+
+    packed: sequences differ in length, so the batch is no dense [B, S].
+    window: query i sees key j if i - window < j <= i (transformers' `sliding_window`); None: every j <= i.
+    softcap: scores become softcap * tanh(scale * qk / softcap).
+    deterministic: the backward must give the same bits, run after run.
+    """
+
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    head_size: int
+    packed: bool = False
+    window: int | None = None
+    softcap: float | None = None
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kv_heads < 1 or self.heads % self.kv_heads:
+            raise ConfigError(
+                f"{self.heads} query heads over {self.kv_heads} key/value heads; expected a multiple."
+            )
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"window={self.window}; expected at least 1 (the token itself), or None.")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ConfigError(f"softcap={self.softcap}; expected a positive number, or None.")
+
+
+def request(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    sequences: Sequences,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    deterministic: bool = False,
+) -> Request:
+    """The request that these tensors make. A window that no sequence outgrows is no window."""
+    return Request(
+        dtype=q_THK.dtype,
+        heads=q_THK.shape[1],
+        kv_heads=k_TGK.shape[1],
+        head_size=q_THK.shape[2],
+        packed=sequences.dense_shape is None,
+        window=None if window is None or window >= sequences.longest else window,
+        softcap=softcap,
+        deterministic=deterministic,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capability:
+    """What a backend can do, and hence why it cannot do the rest.
+
+    devices: where it runs. forced_on: devices where it runs only if named, because it is far slower than the rest.
+    compute_capability: the range of CUDA compute capabilities, both ends included.
+    head_sizes: (smallest, largest, multiple of).
+    deterministic: its backward can give the same bits every time, if asked to.
+    packages: importable modules that it needs beside torch.
+    """
+
+    devices: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    head_sizes: tuple[int, int, int]
+    forced_on: frozenset[str] = field(default_factory=frozenset)
+    compute_capability: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (99, 9))
+    packed: bool = True
+    window: bool = True
+    softcap: bool = True
+    deterministic: bool = True
+    packages: tuple[str, ...] = ()
+
+    def missing(self, device: torch.device) -> str | None:
+        """Why nothing at all runs on this device, or None."""
+        if device.type not in self.devices:
+            return f"runs on {_names(self.devices)}, not on {device.type}"
+        for package in self.packages:
+            if not _importable(package):
+                return f"needs the package {package}, which is not installed"
+        if device.type == "cuda":
+            low, high = self.compute_capability
+            found = torch.cuda.get_device_capability(device)
+            if not low <= found <= high:
+                return f"needs compute capability {_version(low)} to {_version(high)}, found {_version(found)}"
+        return None
+
+    def refusal(self, request: Request, device: torch.device) -> str | None:
+        """Why the request cannot run, or None."""
+        smallest, largest, multiple = self.head_sizes
+        size = request.head_size
+        if reason := self.missing(device):
+            return reason
+        if request.dtype not in self.dtypes:
+            return f"computes in {_names(self.dtypes)}, not in {_name(request.dtype)}"
+        if not smallest <= size <= largest or size % multiple:
+            return f"head sizes {smallest} to {largest} in steps of {multiple}, not {size}"
+        if request.packed and not self.packed:
+            return "sequences of one length only, and these differ"
+        if request.window is not None and not self.window:
+            return f"no sliding window ({request.window} asked for)"
+        if request.softcap is not None and not self.softcap:
+            return f"no soft cap ({request.softcap} asked for)"
+        if request.deterministic and not self.deterministic:
+            return "its backward is not deterministic"
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a backend's two passes are told beside the tensors; the fields are those of `Request`."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    deterministic: bool
+
+
+class Backend(ABC):
+    """One implementation of causal attention with an explicit forward and backward; autograd is not involved.
+
+    Equation, for each sequence and head   arXiv:1706.03762 eq. 1, arXiv:2205.14135 algorithms 1 and 4:
+    s_ij = scale * q_i . k_j (soft-capped), p_ij = exp(s_ij - lse_i) over the visible j, o_i = sum_j p_ij v_j.
+
+    q_THK, k_TGK, v_TGK: 3-D views, last stride 1, head stride K, any token stride (columns of one wide buffer);
+    H a multiple of G. A tensor of other strides is copied where the implementation needs it.
+    lse: fp32, H x T numbers in a layout of the backend's own; with q, k, v, o it is all that backward needs.
+    Forward and backward must get the same options. Nothing that is passed in is changed, `out` excepted.
+    """
+
+    name: str
+    capability: Capability
+
+    def refusal(self, request: Request, device: torch.device) -> str | None:
+        """Why the request cannot run here, or None."""
+        return self.capability.refusal(request, device)
+
+    def forward(
+        self,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        sequences: Sequences,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        deterministic: bool = False,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns (o_THK, lse); o is `out`, a view like q of any token stride, or a new contiguous tensor.
+
+        Raises:
+            NoImplementationError: this backend cannot do what is asked; `choose` finds one that can.
+        """
+        options = self._options(q_THK, k_TGK, sequences, scale, window, softcap, deterministic)
+        if sequences.tokens == 0:
+            o_THK = torch.empty_like(q_THK) if out is None else out
+            return o_THK, q_THK.new_empty(q_THK.shape[1], 0, dtype=torch.float32)
+        o_THK, lse = self._forward(q_THK, k_TGK, v_TGK, sequences, options, out)
+        return into(o_THK, out), lse
+
+    def backward(
+        self,
+        do_THK: Tensor,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        o_THK: Tensor,
+        lse: Tensor,
+        sequences: Sequences,
+        *,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        deterministic: bool = False,
+        out: Gradients | None = None,
+    ) -> Gradients:
+        """Returns (dq_THK, dk_TGK, dv_TGK) in the inputs' dtype, written into the views `out` where it is given.
+
+        Raises:
+            NoImplementationError: as forward.
+        """
+        options = self._options(q_THK, k_TGK, sequences, scale, window, softcap, deterministic)
+        if sequences.tokens == 0:
+            found = tuple(torch.empty_like(x) for x in (q_THK, k_TGK, v_TGK))
+        else:
+            found = self._backward(do_THK, q_THK, k_TGK, v_TGK, o_THK, lse, sequences, options, out)
+        dq, dk, dv = (into(x, target) for x, target in zip(found, out or (None,) * 3, strict=True))
+        return dq, dk, dv
+
+    def _options(
+        self,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        sequences: Sequences,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        deterministic: bool,
+    ) -> Options:
+        asked = request(
+            q_THK, k_TGK, sequences, window=window, softcap=softcap, deterministic=deterministic
+        )
+        _require(self, asked, q_THK.device)
+        return Options(
+            scale=scale, window=asked.window, softcap=softcap, deterministic=deterministic
+        )
+
+    @abstractmethod
+    def _forward(
+        self,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        sequences: Sequences,
+        options: Options,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """As forward, for a request that this backend accepts and at least one token; it may leave `out` alone."""
+
+    @abstractmethod
+    def _backward(
+        self,
+        do_THK: Tensor,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        o_THK: Tensor,
+        lse: Tensor,
+        sequences: Sequences,
+        options: Options,
+        out: Gradients | None,
+    ) -> Gradients:
+        """As backward, for a request that this backend accepts and at least one token; it may leave `out` alone."""
+
+
+def into(value: Tensor, target: Tensor | None) -> Tensor:
+    """`value` itself, or `target` with `value` in it: for implementations that choose their own output memory."""
+    if target is None or target is value:
+        return value
+    return target.copy_(value)
+
+
+@functools.cache
+def _require(backend: Backend, request: Request, device: torch.device) -> None:
+    if reason := backend.refusal(request, device):
+        raise NoImplementationError(
+            f"attention backend {backend.name!r} cannot do {request} on {device}: {reason}."
+        )
+
+
+@functools.cache
+def choose(request: Request, device: torch.device, force: str | None = None) -> Backend:
+    """The first backend, in measured order of speed, that can do what is asked; or the one named by `force`.
+
+    Raises:
+        ConfigError: `force` names no backend.
+        NoImplementationError: none can (or the forced one cannot); the message has each one's reason.
+    """
+    from .backends import BACKENDS
+
+    by_name = {backend.name: backend for backend in BACKENDS}
+    if force is not None:
+        if force not in by_name:
+            raise ConfigError(f"no attention backend {force!r}; expected one of {', '.join(by_name)}.")
+        _require(by_name[force], request, device)
+        return by_name[force]
+    reasons: list[str] = []
+    for backend in BACKENDS:
+        reason = backend.refusal(request, device)
+        if reason is None and device.type in backend.capability.forced_on:
+            reason = f"too slow to be chosen on {device.type}; name it to use it"
+        if reason is None:
+            return backend
+        reasons.append(f"  {backend.name}: {reason}")
+    raise NoImplementationError(
+        f"no attention backend can do {request} on {device}:\n" + "\n".join(reasons)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendRow:
+    """One line of `hotloop doctor`: a backend, whether it runs on this device, and what it does there."""
+
+    name: str
+    available: bool
+    reason: str
+    dtypes: str
+    head_sizes: str
+    packed: bool
+    window: bool
+    softcap: bool
+    deterministic: bool
+
+
+def table(device: torch.device | str) -> list[BackendRow]:
+    """Every backend in the order of choice, with the reason where it cannot run on this device."""
+    from .backends import BACKENDS
+
+    device = torch.device(device)
+    rows: list[BackendRow] = []
+    for backend in BACKENDS:
+        can = backend.capability
+        reason = can.missing(device)
+        if reason is None and device.type in can.forced_on:
+            reason_shown = "only if named: far slower"
+        else:
+            reason_shown = reason or ""
+        smallest, largest, multiple = can.head_sizes
+        rows.append(
+            BackendRow(
+                name=backend.name,
+                available=reason is None,
+                reason=reason_shown,
+                dtypes=_names(can.dtypes),
+                head_sizes=f"{smallest}-{largest}, step {multiple}",
+                packed=can.packed,
+                window=can.window,
+                softcap=can.softcap,
+                deterministic=can.deterministic,
+            )
+        )
+    return rows
+
+
+@functools.cache
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent package is missing
+        return False
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _names(values: frozenset[object] | frozenset[str] | frozenset[torch.dtype]) -> str:
+    return ", ".join(sorted(_name(value) for value in values))
+
+
+def _version(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

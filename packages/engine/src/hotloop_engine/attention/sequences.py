@@ -1,0 +1,150 @@
+"""Which tokens of a flattened batch belong together: the only thing about a batch that attention must know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hotloop_core.errors import DataError, UnsupportedError
+from torch import Tensor
+
+_LARGEST = 2**31 - 1  # cu_seqlens is int32, as every attention library wants it
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sequences:
+    """How T tokens, a batch [B, S] flattened row by row, divide into sequences that attend causally to themselves.
+
+    Built once per batch and shared by all layers. Every token belongs to exactly one sequence: padding stays where it
+    is and forms sequences of its own, so no real token sees it, nothing is moved, and what comes out there is finite.
+
+    cu_seqlens: int32 [count + 1] on the batch's device, from 0 to `tokens`, strictly increasing.
+    longest: the number of tokens of the longest sequence.
+    tokens: T.
+    """
+
+    cu_seqlens: Tensor
+    longest: int
+    tokens: int
+
+    @property
+    def count(self) -> int:
+        """The number of sequences."""
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def dense_shape(self) -> tuple[int, int] | None:
+        """(count, longest) where all sequences are equally long, so that [T, ...] is a view of a dense batch."""
+        return (self.count, self.longest) if self.count * self.longest == self.tokens else None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the batch."""
+        return self.cu_seqlens.device
+
+    def bounds(self) -> list[tuple[int, int]]:
+        """(start, stop) of each sequence. Waits for the device; free on the CPU."""
+        offsets = self.cu_seqlens.tolist()
+        return list(zip(offsets[:-1], offsets[1:], strict=True))
+
+    @staticmethod
+    def dense(batch: int, length: int, device: torch.device | str) -> Sequences:
+        """`batch` rows of `length` tokens each, without padding. Never waits for the device."""
+        tokens = batch * length
+        _check_size(tokens)
+        if tokens == 0:
+            empty = torch.zeros(1, dtype=torch.int32, device=device)
+            return Sequences(cu_seqlens=empty, longest=0, tokens=0)
+        cu_seqlens = torch.arange(0, tokens + 1, length, dtype=torch.int32, device=device)
+        return Sequences(cu_seqlens=cu_seqlens, longest=length, tokens=tokens)
+
+    @staticmethod
+    def from_padding_mask(mask_BS: Tensor) -> Sequences:
+        """Rows padded on the left, the right or both. mask_BS: non-zero where a token is real. One device wait.
+
+        Raises:
+            UnsupportedError: a row has padding between its tokens; rows that are packed need position ids.
+        """
+        _check_rank(mask_BS, "attention mask")
+        real_BS = mask_BS != 0
+        host_BS = real_BS.cpu().numpy()
+        starts_BS = host_BS & ~np.pad(host_BS, ((0, 0), (1, 0)))[:, :-1]
+        split = np.flatnonzero(starts_BS.sum(axis=1) > 1)
+        if split.size:
+            raise UnsupportedError(
+                f"attention mask: row {split[0]} has padding between its tokens; expected each row to be one run of "
+                "ones, with zeros before or after it. Move the padding to one side, or pack with position_ids that "
+                "restart at 0 and pass no mask."
+            )
+        change_BS = np.ones_like(host_BS)
+        change_BS[:, 1:] = host_BS[:, 1:] != host_BS[:, :-1]
+        return _from_starts(change_BS, mask_BS.device)
+
+    @staticmethod
+    def from_position_ids(position_ids_BS: Tensor, *, batch: int | None = None) -> Sequences:
+        """Packed rows: a sequence begins wherever a position is not its predecessor's plus one. One device wait.
+
+        The rule is transformers' `find_packed_sequence_indices`. Plain 0, 1, 2, ... gives a dense batch. A single row
+        of ids may stand for `batch` rows, as transformers passes it. Padding that repeats a position becomes
+        sequences of one token.
+        """
+        _check_rank(position_ids_BS, "position_ids")
+        rows = position_ids_BS.shape[0]
+        batch = rows if batch is None else batch
+        if rows not in (1, batch):
+            raise DataError(f"position_ids have {rows} rows; expected 1 or {batch}, the batch size.")
+        host_BS = np.broadcast_to(position_ids_BS.cpu().numpy(), (batch, position_ids_BS.shape[1]))
+        starts_BS = np.ones(host_BS.shape, dtype=bool)
+        starts_BS[:, 1:] = np.diff(host_BS, axis=1) != 1
+        return _from_starts(starts_BS, position_ids_BS.device)
+
+    @staticmethod
+    def from_cu_seqlens(cu_seqlens: Tensor, *, tokens: int) -> Sequences:
+        """Offsets that a collator made: integers from 0, never falling. One device wait.
+
+        Empty sequences are dropped; tokens behind the last offset are padding, a sequence of their own.
+
+        Raises:
+            DataError: the offsets do not start at 0, fall, or pass `tokens`.
+        """
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            raise DataError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected one dimension.")
+        offsets = cu_seqlens.cpu().numpy()
+        if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] > tokens:
+            raise DataError(
+                f"cu_seqlens must rise from 0 to at most {tokens}, the number of tokens in the batch; it goes from "
+                f"{offsets[0]} to {offsets[-1]}{' and falls' if (np.diff(offsets) < 0).any() else ''}."
+            )
+        return _from_offsets(np.append(offsets, tokens), cu_seqlens.device)
+
+
+def _from_starts(starts_BS: np.ndarray, device: torch.device) -> Sequences:
+    return _from_offsets(np.append(np.flatnonzero(starts_BS), starts_BS.size), device)
+
+
+def _from_offsets(offsets: np.ndarray, device: torch.device) -> Sequences:
+    _check_size(int(offsets[-1]))
+    offsets = np.unique(np.append(offsets, 0))
+    lengths = np.diff(offsets)
+    host = torch.from_numpy(offsets.astype(np.int32))
+    return Sequences(
+        cu_seqlens=host.to(device, non_blocking=True),
+        longest=int(lengths.max(initial=0)),
+        tokens=int(offsets[-1]),
+    )
+
+
+def _check_rank(tensor: Tensor, name: str) -> None:
+    if tensor.dim() != 2:
+        raise UnsupportedError(
+            f"{name} has shape {tuple(tensor.shape)}; expected [batch, length]. A mask over pairs of tokens is not "
+            "supported: attention here is causal, packed or windowed."
+        )
+
+
+def _check_size(tokens: int) -> None:
+    if tokens > _LARGEST:
+        raise UnsupportedError(
+            f"a batch of {tokens} tokens: cu_seqlens is int32, so at most {_LARGEST} fit. Use a smaller batch."
+        )

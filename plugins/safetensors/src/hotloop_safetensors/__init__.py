@@ -1,0 +1,1 @@
+"""Writes merged and adapter-only safetensors that transformers and PEFT load."""
