@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from .errors import ConfigError, ExportError
+
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
     from .facts import ModelFacts
     from .family import FamilySpec
@@ -23,8 +26,11 @@ class TensorEntry:
 
     name: the state-dict key (for an adapter: PEFT's key). role: the place in the family's description ("q", "gate",
     "before_attention", "embedding", "final_norm", "head", "q_norm", ...), or "other". part: "weight", "bias", or
-    "lora_A" / "lora_B". layer: its index, None outside the layers. dtype: the stored dtype's torch name ("bfloat16").
-    load(): the tensor on the host or a device; merged already; the caller owns it and drops it before the next.
+    "lora_A" / "lora_B". layer: its index, None outside the layers. dtype: the live model's, by torch name ("bfloat16"; of
+    a 4-bit weight, the one that it is dequantised to).
+    load(): the tensor on the host or a device, finite, and never rounded on the way: in `dtype`, or in float32 where an
+    adapter was merged in, so that the exporter rounds once, to what it writes. It may share memory with the live model:
+    read it, drop it before the next, never write to it.
     """
 
     name: str
@@ -122,3 +128,41 @@ class ExporterSpec:
     quants: Mapping[str, str]
     aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     adapter_quants: frozenset[str] = frozenset()
+
+    def resolve(self, quant: str) -> str:
+        """The declared name behind `quant`, which is that name or an alias, in any case.
+
+        Raises:
+            ConfigError: the format has no such quantisation.
+
+        """
+        lowered = quant.lower()
+        name = self.aliases.get(lowered, lowered)
+        if name in self.quants:
+            return name
+        near = difflib.get_close_matches(lowered, [*self.quants, *self.aliases], n=1)
+        raise ConfigError(
+            f"format {self.name!r} has no quantisation {quant!r}"
+            + (f"; did you mean {near[0]!r}? " if near else ". ")
+            + f"It has {', '.join(self.quants)}."
+        )
+
+
+def round_tensor(tensor: Tensor, to: dtype, name: str) -> Tensor:
+    """`tensor` in the dtype `to`, rounded once to nearest even.
+
+    Raises:
+        ExportError: a finite value is too large for `to` (float16 ends at 65,504).
+
+    """
+    rounded = tensor.to(to)
+    if (
+        to.is_floating_point
+        and to.itemsize < tensor.dtype.itemsize
+        and not rounded.isfinite().all()
+    ):
+        raise ExportError(
+            f"{name}: a value of {float(tensor.abs().max()):.3g} does not fit {to}. "
+            "Export as bfloat16 or float32 instead."
+        )
+    return rounded

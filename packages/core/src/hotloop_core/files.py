@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,15 +20,22 @@ _PARTIAL = ".partial"
 class HashingFile:
     """A binary file that only grows: counts its bytes and keeps their SHA-256 as they pass."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
+        self._path = path
         self._hash = hashlib.sha256()
         self.bytes = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Appends `data` (any contiguous buffer)."""
+        """Appends `data` (any contiguous buffer).
+
+        Raises:
+            ExportError: the disk is full, or the file cannot be written for another reason.
+
+        """
         view = memoryview(data).cast("B")
-        self._file.write(view)
+        with _reported(self._path):
+            self._file.write(view)
         self._hash.update(view)
         self.bytes += view.nbytes
         return view.nbytes
@@ -56,19 +63,25 @@ class Outputs:
         self.overwrite = overwrite
         self.files: list[ExportedFile] = []
         self._names: list[str] = []
+        self._stale: set[str] = set()
 
     def __enter__(self) -> Outputs:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        partials = [self._partial(name) for name in self._names]
         if kind is not None:
-            for partial in partials:
-                partial.unlink(missing_ok=True)
+            self._discard()
             return
-        for name, partial in zip(self._names, partials, strict=True):
-            os.replace(partial, self.directory / name)
-        _sync_directory(self.directory)
+        try:
+            with _reported(self.directory):
+                for name in sorted(self._stale.difference(self._names)):
+                    (self.directory / name).unlink(missing_ok=True)
+                for name in self._names:
+                    os.replace(self._partial(name), self.directory / name)
+                _sync_directory(self.directory)
+        except BaseException:
+            self._discard()
+            raise
 
     @contextmanager
     def open(self, name: str) -> Iterator[HashingFile]:
@@ -81,20 +94,18 @@ class Outputs:
 
         """
         self._claim(name)
+        path = self.directory / name
+        with _reported(path):
+            raw = self._partial(name).open("wb", buffering=1 << 20)
+        file = HashingFile(raw, path)
         try:
-            with self._partial(name).open("wb", buffering=1 << 20) as raw:
-                file = HashingFile(raw)
-                yield file
+            yield file
+            with _reported(path):
                 raw.flush()
                 os.fsync(raw.fileno())
-        except OSError as error:
-            raise ExportError(
-                f"cannot write {self.directory / name}: {error.strerror or error}. "
-                "Nothing was left behind; free space or choose another directory."
-            ) from error
-        self.files.append(
-            ExportedFile(path=self.directory / name, bytes=file.bytes, sha256=file.sha256)
-        )
+        finally:
+            _close(raw)
+        self.files.append(ExportedFile(path=path, bytes=file.bytes, sha256=file.sha256))
 
     def write(self, name: str, data: bytes | str) -> None:
         """A small file, whole."""
@@ -115,6 +126,17 @@ class Outputs:
                 f"{self.directory} already has {', '.join(sorted(existing))}. "
                 "Choose another directory, or pass overwrite=True (--overwrite)."
             )
+
+    def replace(self, names: Iterable[str]) -> None:
+        """Names of an older export that must not stay beside this one: they go when this export is whole.
+
+        Raises:
+            OutputExistsError: one of them exists and `overwrite` is off.
+
+        """
+        names = set(names)
+        self.check(names)
+        self._stale |= names
 
     def require_space(self, needed_bytes: int) -> None:
         """Raises ExportError where the disk has less than `needed_bytes` free."""
@@ -138,6 +160,10 @@ class Outputs:
     def _partial(self, name: str) -> Path:
         return self.directory / f".{name}{_PARTIAL}"
 
+    def _discard(self) -> None:
+        for name in self._names:
+            self._partial(name).unlink(missing_ok=True)
+
 
 def write_atomically(path: Path, data: bytes | str) -> None:
     """Replaces `path` by `data`, whole or not at all."""
@@ -151,6 +177,24 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Only around our own writing, so that a fault in reading a source is never called a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {path}: {error.strerror or error}. "
+            "No partial file was left; free space or choose another directory."
+        ) from error
+
+
+def _close(raw: BinaryIO) -> None:
+    """After a failed write the buffer still holds data and closing tries once more: the first error is reported."""
+    with suppress(OSError):
+        raw.close()
 
 
 def _sync_directory(directory: Path) -> None:

@@ -19,9 +19,13 @@ R rotary dimensions (R <= K, even), V vocabulary, N output features, S sequences
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from hotloop_core.errors import ConfigError
+
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -178,14 +182,16 @@ class Glu(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class FourBitWeight:
     """A weight in bitsandbytes' 4-bit layout.
 
-    packed: uint8, N*K/2 bytes in any shape (two codes a byte, the first value in the high nibble), row-major.
+    packed: uint8, ceil(N*K / 2) bytes in any shape, contiguous: the weight flattened row by row,
+        two codes a byte, the first value in the high nibble.
     code: fp32 [16], the values of the codes. kind says which table it is.
     absmax: fp32 [ceil(N*K / blocksize)], or, nested, uint8 codes into `nested_code`, so that
         absmax[i] = nested_code[absmax[i]] * nested_absmax[i // nested_blocksize] + nested_offset.
+        Blocks run over the flattened weight, across the ends of rows.
     nested_offset: fp32 0-d tensor on the device (never read on the host).
     shape: (N, K).  dtype: what the weight was quantised from.
     """
@@ -195,6 +201,7 @@ class FourBitWeight:
     code: Tensor
     blocksize: int
     shape: tuple[int, int]
+    dtype: torch.dtype
     kind: Literal["nf4", "fp4"]
     nested_absmax: Tensor | None = None
     nested_code: Tensor | None = None
@@ -203,16 +210,23 @@ class FourBitWeight:
 
 
 class Dequantize4bit(Protocol):
-    """W[n, k] = code[packed] * absmax[block]   arXiv:2305.14314 section 3 (NF4, double quantisation)."""
+    """W[n, k] = code[packed] * absmax[block]   arXiv:2305.14314 section 3 (NF4, nested absmax).
+
+    Bit-equal to bitsandbytes' `dequantize_4bit`: every product and sum is rounded to fp32 on its
+    own (no fused multiply-add), and the result is rounded once to the dtype of `out`.
+    """
 
     def forward(self, weight: FourBitWeight, *, out: Tensor) -> Tensor:
-        """Writes the N x K values into `out` (bf16, fp16 or fp32, rows of any stride) and returns it."""
+        """Writes the N x K values into `out` (bf16, fp16, fp32; any row stride); returns it."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadLossOptions:
-    """What linear cross entropy computes beside the sum of token losses. Frozen, hashable."""
+    """How logits become a token's loss; the equations stand at `CrossEntropyRows`. Hashable.
+
+    Raises ConfigError where a value has no meaning.
+    """
 
     ignore_index: int = -100
     label_smoothing: float = 0.0
@@ -221,13 +235,54 @@ class HeadLossOptions:
     z_loss: float = 0.0
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name, valid, expected in (
+            ("label_smoothing", 0.0 <= self.label_smoothing <= 1.0, "0 to 1"),
+            (
+                "softcap",
+                self.softcap is None or 0.0 < self.softcap < inf,
+                "None or a positive number",
+            ),
+            ("scale", -inf < self.scale < inf, "a finite number"),
+            ("z_loss", 0.0 <= self.z_loss < inf, "0 or a positive number"),
+            ("temperature", 0.0 < self.temperature < inf, "a positive number"),
+        ):
+            if not valid:
+                raise ConfigError(
+                    f"HeadLossOptions.{name} is {getattr(self, name)!r}; expected {expected}."
+                )
+
+    @property
+    def loss_is_nll(self) -> bool:
+        """Whether a token's loss is just -log_prob: no smoothing and no z-loss."""
+        return self.label_smoothing == 0.0 and self.z_loss == 0.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RowStatistics:
+    """What the softmax of each row says about its label, in fp32 (fp64 logits: fp64).
+
+    is_top1: bool, whether the label is the first of the largest logits. entropy: in nats, None
+    where not asked for.
+    """
+
+    loss_T: Tensor
+    log_prob_T: Tensor
+    lse_T: Tensor
+    is_top1_T: Tensor
+    entropy_T: Tensor | None = None
+
 
 class CrossEntropyRows(Protocol):
-    """Row-wise softmax statistics of a tile of logits, and its gradient in place; the GEMMs stay outside.
+    """Softmax statistics of a tile of logits, and their gradients in place; GEMMs stay outside.
 
-    z = softcap * tanh(scale * logits / softcap) / temperature (softcap None: z = scale * logits / temperature);
-    lse = log sum exp z;  log_prob = z[label] - lse;  entropy = lse - sum softmax(z) z;
-    nll = -(1 - a) log_prob - a (mean(z) - lse) with a = label_smoothing;  loss = nll + z_loss * lse^2.
+    z = softcap * tanh(scale * logits / softcap) / temperature, or without a softcap
+    z = scale * logits / temperature;  lse = log sum exp z;  p = exp(z - lse);
+    log_prob = z[label] - lse;  entropy = lse - sum p z;
+    nll = -(1 - a) log_prob - a (mean(z) - lse) with a = label_smoothing;
+    loss = nll + z_loss * lse^2.
+
+    Every label is a valid class: ignored rows never come here.
     """
 
     def forward_(
@@ -238,10 +293,34 @@ class CrossEntropyRows(Protocol):
         options: HeadLossOptions,
         want_gradient: bool,
         want_entropy: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Returns fp32 (loss_T, log_prob_T, entropy_T or None) and bool is_top1_T.
+    ) -> RowStatistics:
+        """Returns the statistics of each row.
 
-        With `want_gradient`, logits become d loss / d logits (per row, unscaled), in place, in their dtype.
-        Every label is a valid class: ignored rows never come here.
+        With `want_gradient`, logits become d loss / d logits of each row, unscaled, in place, in
+        their dtype; otherwise they are left alone.
         """
+        ...
+
+    def backward_(
+        self,
+        logits_TV: Tensor,
+        labels_T: Tensor,
+        lse_T: Tensor,
+        entropy_T: Tensor | None,
+        *,
+        options: HeadLossOptions,
+        dloss_T: Tensor | None,
+        dlog_prob_T: Tensor | None,
+        dentropy_T: Tensor | None,
+    ) -> None:
+        """Logits (the same as forward's) become their gradient, in place, in their dtype.
+
+        It is dloss * d loss + dlog_prob * d log_prob + dentropy * d entropy, the three incoming
+        gradients fp32 of any stride, None for zeros. `lse_T` and `entropy_T` are forward's;
+        `dentropy_T` needs `entropy_T`.
+        """
+        ...
+
+    def scale_rows_(self, g_TD: Tensor, factor_T: Tensor) -> None:
+        """Multiplies each row by its factor (fp32, any stride), rounded once, in place."""
         ...

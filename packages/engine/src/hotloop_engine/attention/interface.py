@@ -14,13 +14,18 @@ from torch import Tensor
 from .sequences import Sequences
 
 Gradients = tuple[Tensor, Tensor, Tensor]
+"""dq_THK, dk_TGK, dv_TGK."""
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+"""The dtypes of the tensor-core libraries."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What a layer asks of attention. Hashable; the same for every batch of one kind.
 
-    packed: sequences differ in length, so the batch is no dense [B, S].
+    packed: sequences differ in length, so the batch is no dense [B, S] (or are single tokens,
+        which backends for dense batches do not take).
     window: query i sees key j if i - window < j <= i (transformers' `sliding_window`); None: every j <= i.
     softcap: scores become softcap * tanh(scale * qk / softcap).
     deterministic: the backward must give the same bits, run after run.
@@ -41,7 +46,9 @@ class Request:
                 f"{self.heads} query heads over {self.kv_heads} key/value heads; expected a multiple."
             )
         if self.window is not None and self.window < 1:
-            raise ConfigError(f"window={self.window}; expected at least 1 (the token itself), or None.")
+            raise ConfigError(
+                f"window={self.window}; expected at least 1 (the token itself), or None."
+            )
         if self.softcap is not None and not self.softcap > 0:
             raise ConfigError(f"softcap={self.softcap}; expected a positive number, or None.")
 
@@ -61,7 +68,7 @@ def request(
         heads=q_THK.shape[1],
         kv_heads=k_TGK.shape[1],
         head_size=q_THK.shape[2],
-        packed=sequences.dense_shape is None,
+        packed=sequences.dense_shape is None or sequences.longest == 1,
         window=None if window is None or window >= sequences.longest else window,
         softcap=softcap,
         deterministic=deterministic,
@@ -104,12 +111,10 @@ class Capability:
                 return f"needs compute capability {_version(low)} to {_version(high)}, found {_version(found)}"
         return None
 
-    def refusal(self, request: Request, device: torch.device) -> str | None:
-        """Why the request cannot run, or None."""
+    def refusal(self, request: Request) -> str | None:
+        """Why the request cannot run even where the backend itself does, or None."""
         smallest, largest, multiple = self.head_sizes
         size = request.head_size
-        if reason := self.missing(device):
-            return reason
         if request.dtype not in self.dtypes:
             return f"computes in {_names(self.dtypes)}, not in {_name(request.dtype)}"
         if not smallest <= size <= largest or size % multiple:
@@ -150,9 +155,13 @@ class Backend(ABC):
     name: str
     capability: Capability
 
+    def missing(self, device: torch.device) -> str | None:
+        """Why nothing at all runs on this device, or None."""
+        return self.capability.missing(device)
+
     def refusal(self, request: Request, device: torch.device) -> str | None:
-        """Why the request cannot run here, or None."""
-        return self.capability.refusal(request, device)
+        """Why the request cannot run on this device, or None."""
+        return self.missing(device) or self.capability.refusal(request)
 
     def forward(
         self,
@@ -261,6 +270,23 @@ def into(value: Tensor, target: Tensor | None) -> Tensor:
     return target.copy_(value)
 
 
+def is_aligned(x: Tensor) -> bool:
+    """Whether 16-byte vector loads work: last stride 1, every other stride and the start aligned."""
+    size = x.element_size()
+    return (
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride and stride * size % 16 == 0 for stride in x.stride()[:-1])
+    )
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x itself where `is_aligned`, else a contiguous copy, which is."""
+    if is_aligned(x):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 @functools.cache
 def _require(backend: Backend, request: Request, device: torch.device) -> None:
     if reason := backend.refusal(request, device):
@@ -282,7 +308,9 @@ def choose(request: Request, device: torch.device, force: str | None = None) -> 
     by_name = {backend.name: backend for backend in BACKENDS}
     if force is not None:
         if force not in by_name:
-            raise ConfigError(f"no attention backend {force!r}; expected one of {', '.join(by_name)}.")
+            raise ConfigError(
+                f"no attention backend {force!r}; expected one of {', '.join(by_name)}."
+            )
         _require(by_name[force], request, device)
         return by_name[force]
     reasons: list[str] = []
@@ -321,7 +349,7 @@ def table(device: torch.device | str) -> list[BackendRow]:
     rows: list[BackendRow] = []
     for backend in BACKENDS:
         can = backend.capability
-        reason = can.missing(device)
+        reason = backend.missing(device)
         if reason is None and device.type in can.forced_on:
             reason_shown = "only if named: far slower"
         else:

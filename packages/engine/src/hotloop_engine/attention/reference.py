@@ -54,9 +54,10 @@ class Reference(Backend):
         for start, stop in sequences.bounds():
             s_HSS, dcap_HSS, v_HSK = _scores(q_THK, k_TGK, v_TGK, start, stop, options)
             p_HSS = (s_HSS - lse[:, start:stop, None]).exp()
-            do_HSK, o_HSK, q_HSK = (_heads(x, start, stop) for x in (do_THK, o_THK, q_THK))
-            delta_HS = (do_HSK * o_HSK).sum(dim=-1)
-            ds_HSS = p_HSS * (do_HSK @ v_HSK.mT - delta_HS[..., None]) * dcap_HSS * options.scale
+            do_HSK, q_HSK = (_heads(x, start, stop) for x in (do_THK, q_THK))
+            dp_HSS = do_HSK @ v_HSK.mT
+            delta_HS = (p_HSS * dp_HSS).sum(dim=-1)  # do . o, without the rounding of a stored o
+            ds_HSS = p_HSS * (dp_HSS - delta_HS[..., None]) * dcap_HSS * options.scale
             k_HSK = _heads(k_TGK, start, stop, repeat=q_THK.shape[1] // kv_heads)
             dq_THK[start:stop] = (ds_HSS @ k_HSK).transpose(0, 1)
             for target, dx_HSK in ((dk_TGK, ds_HSS.mT @ q_HSK), (dv_TGK, p_HSS.mT @ do_HSK)):

@@ -93,7 +93,9 @@ class Sequences:
         rows = position_ids_BS.shape[0]
         batch = rows if batch is None else batch
         if rows not in (1, batch):
-            raise DataError(f"position_ids have {rows} rows; expected 1 or {batch}, the batch size.")
+            raise DataError(
+                f"position_ids have {rows} rows; expected 1 or {batch}, the batch size."
+            )
         host_BS = np.broadcast_to(position_ids_BS.cpu().numpy(), (batch, position_ids_BS.shape[1]))
         starts_BS = np.ones(host_BS.shape, dtype=bool)
         starts_BS[:, 1:] = np.diff(host_BS, axis=1) != 1
@@ -109,7 +111,9 @@ class Sequences:
             DataError: the offsets do not start at 0, fall, or pass `tokens`.
         """
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
-            raise DataError(f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected one dimension.")
+            raise DataError(
+                f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected one dimension."
+            )
         offsets = cu_seqlens.cpu().numpy()
         if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] > tokens:
             raise DataError(

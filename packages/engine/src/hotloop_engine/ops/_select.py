@@ -39,6 +39,7 @@ def register(op: str, name: str, load: Callable[[], object], devices: frozenset[
 
     Raises:
         PluginError: the op has an implementation of that name already.
+
     """
     names = _registered.setdefault(op, {})
     if name in names:
@@ -59,6 +60,7 @@ def implementation(op: str, device: torch.device, impl: str | None = None) -> An
 
     Raises:
         NoImplementationError: none fits, or the one named cannot run there or cannot be loaded.
+
     """
     return _find(op, device.type, impl)
 

@@ -1,14 +1,26 @@
-"""What every Triton kernel of the engine needs to know about the machine it runs on."""
+"""What the Triton kernels share: the machine they run on, the dtype they compute in, row tiles."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
+from hotloop_core.errors import UnsupportedError
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True where kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 at import)."""
+
+
+@triton.jit
+def wide(x):
+    """Returns x in the dtype that ops compute in: fp64 for fp64, fp32 for everything narrower."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
 
 
 @cache
@@ -17,3 +29,50 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2  # more than one, so that tests meet partial sums and uneven shares
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+class RowTile(NamedTuple):
+    """A tile of whole rows: how many rows, their padded width, and the warps that share it."""
+
+    rows: int
+    width: int
+    warps: int
+
+
+@cache
+def row_tile(columns: int, elements_per_thread: int) -> RowTile:
+    """The tile for a kernel that keeps whole rows of `columns` elements in registers.
+
+    At least 2,048 elements a tile: with narrow rows, one row a program would leave most of the
+    memory's queue empty. At most 32 warps, a block's limit on every CUDA card.
+
+    Raises:
+        UnsupportedError: rows wider than 65,536 elements do not fit a block's registers.
+
+    """
+    if columns > 65536:
+        raise UnsupportedError(
+            f"a Triton row kernel takes at most 65,536 columns, got {columns}; "
+            'pass impl="reference".'
+        )
+    width = triton.next_power_of_2(columns)
+    rows = max(1, 2048 // width)
+    return RowTile(rows, width, min(32, rows * width // (32 * elements_per_thread)))
+
+
+def partial_sums(tiles: int, device: torch.device) -> int:
+    """Into how many partial sums, one a program, a gradient that is summed over all rows is split.
+
+    Four a multiprocessor keep the memory busy whatever number of them is resident; eight tiles
+    each at the least, so that writing the partial sums stays small against reading the rows.
+    """
+    return max(1, min(4 * multiprocessors(device), tiles // 8))
+
+
+def require_unit_last(**tensors: torch.Tensor | None) -> None:
+    """Refuses a tensor whose last dimension is not contiguous: the kernels would read beside it."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise UnsupportedError(
+                f"{name} has strides {tensor.stride()}; the last must be 1. Make it contiguous."
+            )

@@ -1,0 +1,83 @@
+"""Our own kernels: every option at once, in any float dtype, on any card that Triton reaches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hotloop_engine.attention.interface import Backend, Capability, Gradients, Options, Request
+from hotloop_engine.attention.sequences import Sequences
+
+
+class Triton(Backend):
+    """Packed and dense, window, soft cap, grouped queries; deterministic, since nothing is atomic."""
+
+    name = "triton"
+    capability = Capability(
+        devices=frozenset({"cuda", "cpu"}),
+        dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),
+        head_sizes=(16, 256, 1),
+        forced_on=frozenset({"cpu"}),
+        compute_capability=((8, 0), (99, 9)),
+        packages=("triton",),
+    )
+
+    def missing(self, device: torch.device) -> str | None:
+        """As every backend; on the CPU only Triton's interpreter can run it, for tests."""
+        if reason := super().missing(device):
+            return reason
+        if device.type == "cpu":
+            from hotloop_engine.attention.kernel import INTERPRETED
+
+            return None if INTERPRETED else "runs on cuda (on cpu only in Triton's interpreter)"
+        return None
+
+    def refusal(self, request: Request, device: torch.device) -> str | None:
+        """As every backend, and what the interpreter computes wrongly."""
+        if reason := super().refusal(request, device):
+            return reason
+        if device.type == "cpu" and request.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies bfloat16 wrongly"
+        return None
+
+    def _forward(
+        self,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        sequences: Sequences,
+        options: Options,
+        out: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        from hotloop_engine.attention.kernel import attention_forward
+
+        o_THK = q_THK.new_empty(q_THK.shape) if out is None else out
+        lse_HT = attention_forward(
+            *(_rows(x) for x in (q_THK, k_TGK, v_TGK)), o_THK, sequences, options
+        )
+        return o_THK, lse_HT
+
+    def _backward(
+        self,
+        do_THK: Tensor,
+        q_THK: Tensor,
+        k_TGK: Tensor,
+        v_TGK: Tensor,
+        o_THK: Tensor,
+        lse: Tensor,
+        sequences: Sequences,
+        options: Options,
+        out: Gradients | None,
+    ) -> Gradients:
+        from hotloop_engine.attention.kernel import attention_backward
+
+        found = out or tuple(x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
+        inputs = (_rows(x) for x in (do_THK, q_THK, k_TGK, v_TGK, o_THK))
+        attention_backward(*inputs, lse, *found, sequences, options)
+        dq, dk, dv = found
+        return dq, dk, dv
+
+
+def _rows(x_THK: Tensor) -> Tensor:
+    """The kernels take any token and head stride but want a head's values side by side."""
+    return x_THK if x_THK.stride(2) == 1 else x_THK.contiguous()

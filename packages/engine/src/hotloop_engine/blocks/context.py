@@ -1,0 +1,216 @@
+"""What both blocks share: the compute dtype, op implementations, norms, and the tensors that wait for backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..ops._select import implementation
+from ..ops.lora_linear import GradientSink, LinearGroup
+
+Saved = dict[str, Any]
+"""Name -> what backward needs: the tensors of `hotloop_core.plan.saved_tensors` under their names, and small ones
+(norm statistics, adapter inputs, dropout seeds) under names that begin with an underscore, which no plan moves."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NormView:
+    """A norm at the moment of a call. kind: "rms" or "layer"; the weight multiplies as (offset + w)."""
+
+    weight: Tensor | None
+    bias: Tensor | None = None
+    eps: float
+    offset: float = 0.0
+    kind: Literal["rms", "layer"] = "rms"
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that autograd may ask a gradient for."""
+        return [t for t in (self.weight, self.bias) if t is not None]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BlockContext:
+    """How a block computes.
+
+    dtype: of the GEMMs and of attention; the residual stream keeps its own (fp32 for an fp32 model under autocast).
+    ops: op name -> implementation name, where the default for the device is not wanted.
+    residual_scale: multiplies the block's output before it is added to the residual stream.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    ops: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    residual_scale: float = 1.0
+
+    def op(self, name: str) -> Any:
+        """The implementation of an op, as `hotloop_core.kernels` declares it."""
+        return implementation(name, self.device, self.ops.get(name))
+
+
+class Norm:
+    """A norm with its backward; the normed values are never kept."""
+
+    def __init__(self, view: NormView, context: BlockContext) -> None:
+        self.view = view
+        self.context = context
+        self._op = context.op("rms_norm" if view.kind == "rms" else "layer_norm")
+
+    def forward(self, x_TD: Tensor, *, out: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Returns (normed x, statistics [T] for backward). `out` may have another dtype than x."""
+        view = self.view
+        target = out if out is None or out.dtype == x_TD.dtype else None
+        if view.kind == "rms":
+            y, rstd, _ = self._op.forward(x_TD, view.weight, eps=view.eps, offset=view.offset, out=target)
+            statistics: tuple[Tensor, ...] = (rstd,)
+        else:
+            y, mean, rstd, _ = self._op.forward(x_TD, view.weight, view.bias, eps=view.eps, out=target)
+            statistics = (mean, rstd)
+        if out is not None and target is None:
+            out.copy_(y)
+            y = out
+        return y, statistics
+
+    def backward(
+        self,
+        dy_TD: Tensor,
+        x_TD: Tensor,
+        statistics: tuple[Tensor, ...],
+        sink: GradientSink,
+        *,
+        dresidual: Tensor | None = None,
+    ) -> Tensor:
+        """Returns dx (plus dresidual) in x's dtype."""
+        view = self.view
+        need_dw = any(tensor.requires_grad for tensor in view.tensors())
+        options = {"dresidual_TD": dresidual, "need_dw": need_dw}
+        dy_TD = dy_TD.to(x_TD.dtype)
+        if view.kind == "rms":
+            dx, dw = self._op.backward(
+                dy_TD, x_TD, view.weight, *statistics, offset=view.offset, **options
+            )
+            db = None
+        else:
+            dx, dw, db = self._op.backward(dy_TD, x_TD, view.weight, *statistics, **options)
+        for parameter, gradient in ((view.weight, dw), (view.bias, db)):
+            if parameter is not None and parameter.requires_grad and gradient is not None:
+                sink[id(parameter)] = gradient
+        return dx
+
+    def factors(self, x_TD: Tensor, statistics: tuple[Tensor, ...]) -> dict[str, Tensor] | None:
+        """Row and column factors with normed = rows · x · columns, or None where that does not hold or is not safe.
+
+        In fp16 the product with a large x could leave the range; a layer norm also subtracts a mean.
+        """
+        view = self.view
+        if view.kind != "rms" or x_TD.dtype == torch.float16 or x_TD.dtype != self.context.dtype:
+            return None
+        if view.weight is None:
+            return {"row_scale": statistics[0]}
+        return {"row_scale": statistics[0], "column_scale": view.weight.float() + view.offset}
+
+
+class NormedInput:
+    """The input of a block's first projections: x through a norm, or x itself, beside the adapter columns."""
+
+    def __init__(self, norm: Norm | None, group: LinearGroup, context: BlockContext) -> None:
+        self.norm = norm
+        self.group = group
+        self.context = context
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Returns (the group's wide input, the norm's statistics)."""
+        wide = self.group.wide(x_TD.shape[0])
+        target = wide[:, : self.group.k]
+        if self.norm is None:
+            target.copy_(x_TD)
+            return wide, ()
+        _, statistics = self.norm.forward(x_TD, out=target)
+        return wide, statistics
+
+    def backward(
+        self,
+        dy: Tensor,
+        x_TD: Tensor,
+        statistics: tuple[Tensor, ...],
+        t_TR: Tensor | None,
+        e: Tensor | None,
+        sink: GradientSink,
+        *,
+        dresidual: Tensor,
+        need_dx: bool,
+        seeds: tuple[int, ...],
+    ) -> Tensor | None:
+        """Back through the projections and the norm; returns the residual stream's gradient."""
+        factors = None
+        if self.norm is not None and not self.group.trains_base and not self.group.drops:
+            factors = self.norm.factors(x_TD, statistics)
+        if factors is not None:
+            source = x_TD
+        elif self.norm is None:
+            source = x_TD.to(self.context.dtype)
+        else:
+            source = self.norm.forward(x_TD)[0].to(self.context.dtype)
+        norm_trains = self.norm is not None and any(
+            tensor.requires_grad for tensor in self.norm.view.tensors()
+        )
+        dh = self.group.backward(
+            dy, source, t_TR, e, sink, need_dx=need_dx or norm_trains, seeds=seeds, **(factors or {})
+        )
+        if dh is None:
+            return None
+        if self.norm is None:
+            return dresidual + dh.to(dresidual.dtype)
+        return self.norm.backward(dh, x_TD, statistics, sink, dresidual=dresidual)
+
+
+class ResidualOutput:
+    """A block's last projection: residual + s · projection(x), with a norm between the two in some families.
+
+    Without that norm the residual is added by the GEMM. With it, the projection's output is a named saved tensor.
+    """
+
+    def __init__(self, group: LinearGroup, after: Norm | None, context: BlockContext, name: str) -> None:
+        self.group = group
+        self.after = after
+        self.context = context
+        self.name = name
+
+    def forward(
+        self, x: Tensor, e: Tensor | None, residual: Tensor, saved: Saved, seeds: tuple[int, ...]
+    ) -> Tensor:
+        """Returns the new residual stream; notes what backward needs in `saved`."""
+        scale = self.context.residual_scale
+        if self.after is None:
+            y, t = self.group.forward(x, e, residual=residual, alpha=scale, seeds=seeds)
+        else:
+            z, t = self.group.forward(x, e, seeds=seeds)
+            saved[self.name] = z
+            y = self._add(z, residual, saved)
+        saved[f"_t_{self.name}"] = t
+        return y
+
+    def restore(self, x: Tensor, residual: Tensor, saved: Saved, seeds: tuple[int, ...]) -> Tensor:
+        """The new residual stream again, from the saved projection where it was kept."""
+        if self.name in saved:
+            return self._add(saved[self.name], residual, saved)
+        return self.forward(x, self.group.extend(x.shape[0]), residual, saved, seeds)
+
+    def _add(self, z: Tensor, residual: Tensor, saved: Saved) -> Tensor:
+        assert self.after is not None
+        normed, saved[f"_statistics_{self.name}"] = self.after.forward(z)
+        return torch.add(residual, normed, alpha=self.context.residual_scale)
+
+    def gradient(self, dy_TD: Tensor, saved: Saved, sink: GradientSink) -> Tensor:
+        """The gradient of the projection's output, scaled, in the group's wide layout."""
+        dz = dy_TD if self.context.residual_scale == 1.0 else dy_TD * self.context.residual_scale
+        if self.after is not None:
+            z = saved.pop(self.name)
+            dz = self.after.backward(dz.to(z.dtype), z, saved.pop(f"_statistics_{self.name}"), sink)
+        wide = self.group.wide(dz.shape[0], backward=True)
+        wide[:, : self.group.n] = dz
+        return wide

@@ -1,0 +1,118 @@
+"""norm, gate and up with LoRA, activation, down, residual: forward and a written-out backward.
+
+    h = norm(x);  gate, up = h W_gu^T;  y = x + (act(gate) * up) W_down^T
+
+Saved by name: x_mid (the input, by the caller) and gate_up. act(gate) * up is made again by the activation's backward.
+"""
+
+from __future__ import annotations
+
+from hotloop_core.kernels import Activation
+from torch import Tensor
+
+from ..ops.lora_linear import GradientSink, LinearGroup, LinearView, draw_seeds
+from .context import BlockContext, Norm, NormedInput, NormView, ResidualOutput, Saved
+
+
+class MlpBlock:
+    """The MLP half of a layer, for one call: its weights are read when it is made."""
+
+    input_name = "x_mid"
+    names = ("gate_up", "mlp_out")
+
+    def __init__(
+        self,
+        context: BlockContext,
+        *,
+        activation: Activation,
+        norm: NormView | None,
+        gate_up: tuple[LinearView, LinearView],
+        down: LinearView,
+        after: NormView | None = None,
+    ) -> None:
+        self.context, self.activation = context, activation
+        self.gate_up = LinearGroup(gate_up, context.dtype, context.device)
+        self.down = LinearGroup((down,), context.dtype, context.device)
+        self.norm_views = [view for view in (norm, after) if view is not None]
+        self.input = NormedInput(Norm(norm, context) if norm else None, self.gate_up, context)
+        self.output = ResidualOutput(
+            self.down, Norm(after, context) if after else None, context, "mlp_out"
+        )
+        self.glu = context.op("glu")
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that autograd may ask a gradient for."""
+        norms = [tensor for view in self.norm_views for tensor in view.tensors()]
+        return norms + self.gate_up.tensors() + self.down.tensors()
+
+    def forward(self, x_TD: Tensor, saved: Saved) -> Tensor:
+        """Returns the residual stream behind the MLP; fills `saved`."""
+        saved["_seeds_gate_up"], saved["_seeds_down"] = draw_seeds(self.gate_up), draw_seeds(self.down)
+        self._project(x_TD, saved)
+        return self._finish(x_TD, saved)
+
+    def restore_output(self, x_TD: Tensor, saved: Saved) -> Tensor:
+        """The residual stream behind the MLP again, recomputing what is missing on the way."""
+        if "mlp_out" in saved:
+            return self.output.restore(x_TD.new_empty(0), x_TD, saved, saved["_seeds_down"])
+        if "gate_up" not in saved:
+            self._project(x_TD, saved)
+        return self._finish(x_TD, saved)
+
+    def backward(
+        self, dy_TD: Tensor, x_TD: Tensor, saved: Saved, sink: GradientSink, *, need_dx: bool
+    ) -> Tensor | None:
+        """Returns dx; releases each saved tensor as soon as it has been used."""
+        tokens = x_TD.shape[0]
+        if "gate_up" not in saved:
+            self._project(x_TD, saved, keep_weights=True)
+        if self.output.after is not None and "mlp_out" not in saved:
+            self._finish(x_TD, saved)
+        dz = self.output.gradient(dy_TD, saved, sink)
+        e = self.down.extend(tokens, backward=True)
+        dt, dh_TI = self.down.backward_input(dz, e, seeds=saved["_seeds_down"])
+        del e
+        wide = saved.pop("gate_up")
+        gate, up = self._split(wide)
+        self.glu.backward_(dh_TI, gate, up, activation=self.activation)
+        self.down.backward_parameters(
+            dz, dt, dh_TI, saved.pop("_t_mlp_out"), sink, seeds=saved["_seeds_down"]
+        )
+        del dz, dh_TI
+        e = saved.pop("_e_gate_up", None) if self.gate_up.extends(tokens, backward=True) else None
+        return self.input.backward(
+            wide,
+            x_TD,
+            saved.pop("_statistics_x_mid"),
+            saved.pop("_t_gate_up"),
+            self.gate_up.extend(tokens, backward=True) if e is None else e,
+            sink,
+            dresidual=dy_TD,
+            need_dx=need_dx,
+            seeds=saved["_seeds_gate_up"],
+        )
+
+    def _project(self, x_TD: Tensor, saved: Saved, *, keep_weights: bool = False) -> None:
+        wide, saved["_statistics_x_mid"] = self.input.forward(x_TD)
+        tokens = wide.shape[0]
+        e = self.gate_up.extend(tokens)
+        # In backward gate and up become their gradients, in place: so they lie where that pass wants them.
+        gate_up = self.gate_up.wide(tokens, backward=True)
+        _, saved["_t_gate_up"] = self.gate_up.forward(
+            wide, e, seeds=saved["_seeds_gate_up"], out=gate_up[:, : self.gate_up.n]
+        )
+        if keep_weights:
+            saved["_e_gate_up"] = e
+        saved["gate_up"] = gate_up
+
+    def _finish(self, x_TD: Tensor, saved: Saved) -> Tensor:
+        gate, up = self._split(saved["gate_up"])
+        act = self.down.wide(x_TD.shape[0])
+        self.glu.forward(gate, up, activation=self.activation, out=act[:, : self.down.k])
+        return self.output.forward(
+            act, self.down.extend(x_TD.shape[0]), x_TD, saved, saved["_seeds_down"]
+        )
+
+    def _split(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        width = self.gate_up.n // 2
+        return gate_up[:, :width], gate_up[:, width : 2 * width]

@@ -1,0 +1,356 @@
+"""Cross entropy of the rows of a tile of logits, and its gradient in place, in Triton.
+
+One program per row, two passes over it. The first keeps a running maximum and a running sum in
+each lane and meets the other lanes only once, at the end: no barrier in the loop, so warps stream
+on their own, and one exponential per logit, because of exp(old - new) and exp(z - new) one is
+always 1. The second pass writes the gradient, from the row's end to its start: what was read last
+is what the L2 cache still holds.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from hotloop_core.errors import UnsupportedError
+from hotloop_core.kernels import RowStatistics
+
+if TYPE_CHECKING:
+    from hotloop_core.kernels import HeadLossOptions
+    from torch import Tensor
+
+BLOCK = 4096  # 8 logits a thread, one 16-byte load in 16 bit
+NUM_WARPS = 16  # with at most 64 registers a thread: two rows at once on a multiprocessor
+SCALE_BLOCK = 2048
+
+LOWEST = tl.constexpr(-3.0e38)  # finite, so that a logit of -inf meets no inf - inf
+
+
+@triton.jit
+def _z_and_slope(logits, slope, inner, outer, SOFTCAP: tl.constexpr):
+    """z = outer tanh(inner logits) or slope logits, and dz / dlogits."""
+    logits = logits.to(tl.float32)
+    if SOFTCAP:
+        x = logits * inner
+        size = tl.abs(x)
+        fade = tl.exp(-2 * size)
+        # Near zero 1 - exp(-2|x|) cancels, so the series of tanh takes over (next term: x^11 / 113).
+        square = x * x
+        series = 1 + square * (
+            -1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))
+        )
+        far = (1 - fade) / (1 + fade)
+        bent = tl.where(size < 0.25, x * series, tl.where(x < 0, -far, far))
+        z = bent * outer
+        dz = slope * (1 - bent * bent)
+    else:
+        z = logits * slope
+        dz = slope
+    return z, dz
+
+
+@triton.jit
+def _write_gradient(
+    logits_ptr,
+    label,
+    lse,
+    entropy,
+    dloss,
+    dlog_prob,
+    dentropy,
+    V,
+    slope,
+    inner,
+    outer,
+    smoothing,
+    z_loss,
+    SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dz = alpha p - beta onehot - gamma - dH p (log p + H), the names of derivation.md."""
+    alpha = dloss * (1 + 2 * z_loss * lse) - dlog_prob
+    beta = dloss * (1 - smoothing) - dlog_prob
+    gamma = dloss * smoothing / V
+    last = (tl.cdiv(V, BLOCK) - 1) * BLOCK
+    for back in range(0, V, BLOCK):
+        v = last - back + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + v, mask=v < V, other=0.0)
+        z, dz = _z_and_slope(logits, slope, inner, outer, SOFTCAP)
+        log_p = z - lse
+        p = tl.exp(log_p)
+        g = alpha * p - gamma
+        if ENTROPY:
+            g -= dentropy * p * (tl.maximum(log_p, LOWEST) + entropy)
+        g = tl.where(v == label, g - beta, g)
+        tl.store(logits_ptr + v, (g * dz).to(logits_ptr.dtype.element_ty), mask=v < V)
+
+
+@triton.jit
+def _forward(
+    logits_ptr,
+    labels_ptr,
+    loss_ptr,
+    log_prob_ptr,
+    lse_ptr,
+    entropy_ptr,
+    top1_ptr,
+    pitch,
+    V,
+    slope,
+    inner,
+    outer,
+    smoothing,
+    z_loss,
+    SOFTCAP: tl.constexpr,
+    SMOOTHING: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row of the equations at `CrossEntropyRows`. Statistics in fp32.
+
+    logits bf16, fp16 or fp32, rows of `pitch` elements; labels int64. A label outside the
+    vocabulary reads nothing and makes the row's loss NaN.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * pitch
+    label = tl.load(labels_ptr + row)
+    known = (label >= 0) & (label < V)
+    at_label = tl.load(logits_ptr + label, mask=known, other=float("nan"))
+    z_label, _ = _z_and_slope(at_label, slope, inner, outer, SOFTCAP)
+
+    peak = tl.full((BLOCK,), LOWEST, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)  # sum of exp(z - peak), lane by lane
+    weighted = tl.zeros((BLOCK,), tl.float32)  # sum of exp(z - peak) z
+    plain = tl.zeros((BLOCK,), tl.float32)  # sum of z
+    beaten = tl.zeros((BLOCK,), tl.int1)
+    for start in range(0, V, BLOCK):
+        v = start + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + v, mask=v < V, other=0.0)
+        z, _ = _z_and_slope(logits, slope, inner, outer, SOFTCAP)
+        z = tl.where(v < V, z, float("-inf"))
+        beaten |= (z > z_label) | ((z == z_label) & (v < label))
+        rise = z - peak
+        fade = tl.exp(-tl.abs(rise))
+        rises = rise > 0
+        total = tl.where(rises, total * fade + 1, total + fade)
+        if ENTROPY:
+            share = tl.where(z > LOWEST, z, 0.0)  # 0 log 0 = 0
+            weighted = tl.where(rises, weighted * fade + share, weighted + fade * share)
+        if SMOOTHING:
+            plain += tl.where(v < V, z, 0.0)
+        peak = tl.where(rises, z, peak)
+
+    row_peak = tl.max(peak, 0)
+    fade = tl.exp(peak - row_peak)
+    row_total = tl.sum(total * fade, 0)
+    lse = row_peak + tl.log(row_total)
+    log_prob = z_label - lse
+    nll = -log_prob
+    if SMOOTHING:
+        nll = (1 - smoothing) * nll - smoothing * (tl.sum(plain, 0) / V - lse)
+    tl.store(loss_ptr + row, nll + z_loss * lse * lse)
+    tl.store(log_prob_ptr + row, log_prob)
+    tl.store(lse_ptr + row, lse)
+    top1 = known & (tl.max(beaten.to(tl.int32), 0) == 0)
+    tl.store(top1_ptr + row, top1.to(tl.uint8))
+    if ENTROPY:
+        tl.store(entropy_ptr + row, lse - tl.sum(weighted * fade, 0) / row_total)
+    if GRADIENT:
+        _write_gradient(
+            logits_ptr,
+            label,
+            lse,
+            0.0,
+            1.0,
+            0.0,
+            0.0,
+            V,
+            slope,
+            inner,
+            outer,
+            smoothing,
+            z_loss,
+            SOFTCAP,
+            False,
+            BLOCK,
+        )
+
+
+@triton.jit
+def _backward(
+    logits_ptr,
+    labels_ptr,
+    lse_ptr,
+    entropy_ptr,
+    dloss_ptr,
+    dlog_prob_ptr,
+    dentropy_ptr,
+    dloss_stride,
+    dlog_prob_stride,
+    dentropy_stride,
+    pitch,
+    V,
+    slope,
+    inner,
+    outer,
+    smoothing,
+    z_loss,
+    SOFTCAP: tl.constexpr,
+    LOSS: tl.constexpr,
+    LOG_PROB: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row; statistics and incoming gradients in fp32, each of any stride."""
+    row = tl.program_id(0).to(tl.int64)
+    dloss = 0.0
+    dlog_prob = 0.0
+    dentropy = 0.0
+    entropy = 0.0
+    if LOSS:
+        dloss = tl.load(dloss_ptr + row * dloss_stride)
+    if LOG_PROB:
+        dlog_prob = tl.load(dlog_prob_ptr + row * dlog_prob_stride)
+    if ENTROPY:
+        dentropy = tl.load(dentropy_ptr + row * dentropy_stride)
+        entropy = tl.load(entropy_ptr + row)
+    _write_gradient(
+        logits_ptr + row * pitch,
+        tl.load(labels_ptr + row),
+        tl.load(lse_ptr + row),
+        entropy,
+        dloss,
+        dlog_prob,
+        dentropy,
+        V,
+        slope,
+        inner,
+        outer,
+        smoothing,
+        z_loss,
+        SOFTCAP,
+        ENTROPY,
+        BLOCK,
+    )
+
+
+@triton.jit
+def _scale_rows(g_ptr, factor_ptr, pitch, factor_stride, D, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    to = g_ptr + row * pitch + d
+    factor = tl.load(factor_ptr + row * factor_stride)
+    g = tl.load(to, mask=d < D, other=0.0).to(tl.float32) * factor
+    tl.store(to, g.to(g_ptr.dtype.element_ty), mask=d < D)
+
+
+def forward_(
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    *,
+    options: HeadLossOptions,
+    want_gradient: bool,
+    want_entropy: bool,
+) -> RowStatistics:
+    """As `CrossEntropyRows.forward_`; bf16, fp16 and fp32."""
+    _refuse_fp64(logits_TV)
+    rows, vocabulary = logits_TV.shape
+    loss, log_prob, lse, entropy = torch.empty(
+        4, rows, dtype=torch.float32, device=logits_TV.device
+    ).unbind()
+    top1 = torch.empty(rows, dtype=torch.bool, device=logits_TV.device)
+    if rows:
+        _forward[(rows,)](
+            logits_TV,
+            labels_T.contiguous(),
+            loss,
+            log_prob,
+            lse,
+            entropy,
+            top1.view(torch.uint8),
+            logits_TV.stride(0),
+            vocabulary,
+            *_numbers(options),
+            SOFTCAP=options.softcap is not None,
+            SMOOTHING=options.label_smoothing != 0,
+            ENTROPY=want_entropy,
+            GRADIENT=want_gradient,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+    return RowStatistics(
+        loss_T=loss,
+        log_prob_T=log_prob,
+        lse_T=lse,
+        is_top1_T=top1,
+        entropy_T=entropy if want_entropy else None,
+    )
+
+
+def backward_(
+    logits_TV: Tensor,
+    labels_T: Tensor,
+    lse_T: Tensor,
+    entropy_T: Tensor | None,
+    *,
+    options: HeadLossOptions,
+    dloss_T: Tensor | None,
+    dlog_prob_T: Tensor | None,
+    dentropy_T: Tensor | None,
+) -> None:
+    """As `CrossEntropyRows.backward_`; bf16, fp16 and fp32."""
+    _refuse_fp64(logits_TV)
+    rows, vocabulary = logits_TV.shape
+    incoming = (dloss_T, dlog_prob_T, dentropy_T)
+    if rows:
+        _backward[(rows,)](
+            logits_TV,
+            labels_T.contiguous(),
+            lse_T.contiguous(),
+            lse_T if entropy_T is None else entropy_T.contiguous(),
+            *(lse_T if gradient is None else gradient for gradient in incoming),
+            *(0 if gradient is None else gradient.stride(0) for gradient in incoming),
+            logits_TV.stride(0),
+            vocabulary,
+            *_numbers(options),
+            SOFTCAP=options.softcap is not None,
+            LOSS=dloss_T is not None,
+            LOG_PROB=dlog_prob_T is not None,
+            ENTROPY=dentropy_T is not None,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+
+
+def scale_rows_(g_TD: Tensor, factor_T: Tensor) -> None:
+    """As `CrossEntropyRows.scale_rows_`; bf16, fp16 and fp32."""
+    _refuse_fp64(g_TD)
+    rows, size = g_TD.shape
+    if g_TD.numel():
+        _scale_rows[(rows, triton.cdiv(size, SCALE_BLOCK))](
+            g_TD, factor_T, g_TD.stride(0), factor_T.stride(0), size, BLOCK=SCALE_BLOCK
+        )
+
+
+def _numbers(options: HeadLossOptions) -> tuple[float, float, float, float, float]:
+    """slope, inner, outer, smoothing and z_loss, as the kernels take them."""
+    softcap = options.softcap or 1.0
+    return (
+        options.scale / options.temperature,
+        options.scale / softcap,
+        softcap / options.temperature,
+        options.label_smoothing,
+        options.z_loss,
+    )
+
+
+def _refuse_fp64(tensor: Tensor) -> None:
+    if tensor.dtype == torch.float64:
+        raise UnsupportedError(
+            "the Triton kernels of linear_cross_entropy compute in fp32, found fp64; pass "
+            'impl="reference", or 16-bit or fp32 tensors.'
+        )

@@ -1,0 +1,75 @@
+"""y = x W^T + b + s · dropout(x) A^T B^T for one projection or a group that shares x, with its gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .group import GradientSink, LinearGroup, matmul_to
+from .views import LinearView, Lora
+
+__all__ = ["GradientSink", "LinearGroup", "LinearView", "Lora", "lora_linear", "matmul_to"]
+
+
+def lora_linear(x: Tensor, views: Sequence[LinearView]) -> Tensor:
+    """The projections of x side by side.
+
+    Args:
+        x: [..., K] in the compute dtype.
+        views: projections with the same K; weights in 16, 32 or 4 bits, adapters in any floating dtype.
+
+    Returns:
+        [..., N1 + N2 + ...]: the outputs in the order of `views`.
+    """
+    group = LinearGroup(views, x.dtype, x.device)
+    seeds = draw_seeds(group)
+    x_TK = x.reshape(-1, group.k)
+    y_TN = _LoraLinear.apply(group, seeds, x_TK, *group.tensors())
+    return y_TN.view(*x.shape[:-1], group.n)
+
+
+def draw_seeds(group: LinearGroup) -> tuple[int, ...]:
+    """One seed for each projection's dropout mask, from torch's own CPU generator; none where nothing drops."""
+    if not group.drops:
+        return ()
+    return tuple(torch.randint(2**31 - 1, (len(group.views),)).tolist())
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, group: LinearGroup, seeds: tuple[int, ...], x_TK: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        wide = group.wide(x_TK.shape[0])
+        wide[:, : group.k] = x_TK
+        y_TN, t_TR = group.forward(wide, group.extend(x_TK.shape[0]), seeds=seeds)
+        ctx.group, ctx.seeds, ctx.tensors, ctx.has_t = group, seeds, tensors, t_TR is not None
+        ctx.save_for_backward(x_TK, *(() if t_TR is None else (t_TR,)))
+        return y_TN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TN: Tensor) -> tuple[Tensor | None, ...]:
+        group: LinearGroup = ctx.group
+        x_TK, *rest = ctx.saved_tensors
+        wide = group.wide(dy_TN.shape[0], backward=True)
+        wide[:, : group.n] = dy_TN
+        sink: GradientSink = {}
+        dx_TK = group.backward(
+            wide,
+            x_TK,
+            rest[0] if ctx.has_t else None,
+            group.extend(dy_TN.shape[0], backward=True),
+            sink,
+            need_dx=ctx.needs_input_grad[2],
+            seeds=ctx.seeds,
+        )
+        gradients = (sink.get(id(tensor)) for tensor in ctx.tensors)
+        found = (
+            None if g is None else g.to(t.dtype) for g, t in zip(gradients, ctx.tensors, strict=True)
+        )
+        return (None, None, dx_TK, *found)

@@ -1,0 +1,337 @@
+"""Projections that share their input (q, k, v; gate, up; or one alone), as few wide GEMMs as the hardware allows.
+
+The adapter's product rides in the base GEMM. W, B and s·A lie in one buffer,
+
+    E = [ W    B  b ]      N rows          x_ext = [ x   x(sA)^T  1 ]
+        [ sA   0  0 ]      C more rows     dy_ext = [ dy   dy B ]
+
+so that one GEMM each way does everything, accumulated in fp32:
+
+    y  = x_ext  E[:N, :]^T  = x W^T + (x (sA)^T) B^T + b
+    dx = dy_ext E[:, :K]    = dy W + (dy B) (sA)
+
+B is block-diagonal for a group, C is the sum of ranks (and one column for biases), padded. Thin GEMMs instead would read
+and write the wide y again. A 16-bit weight has no spare columns: it is copied into E where the tokens outnumber the
+columns that a thin GEMM would touch again, else it is used in place with thin GEMMs beside it. See derivation.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from hotloop_core.kernels import FourBitWeight
+from torch import Tensor
+
+from .._select import implementation
+from ..dropout import dropout
+from .views import LinearView
+
+GradientSink = dict[int, Tensor]
+"""id of a parameter -> its gradient, added up where a parameter occurs twice."""
+
+CUDA_PITCH = 64  # columns are padded to this, so that every row starts on 128 bytes in 16-bit types
+
+
+class LinearGroup:
+    """Projections with one input of K features and N = sum of their output features."""
+
+    def __init__(self, views: Sequence[LinearView], dtype: torch.dtype, device: torch.device) -> None:
+        self.views = tuple(views)
+        self.dtype = dtype
+        self.device = device
+        sizes = [view.shape[0] for view in self.views]
+        ranks = [0 if view.lora is None else view.lora.rank for view in self.views]
+        self.k = self.views[0].shape[1]
+        self.n = sum(sizes)
+        self.rows = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        self.ranks = [slice(end - r, end) for end, r in zip(accumulate(ranks), ranks, strict=True)]
+        self.rank = sum(ranks)
+        self.has_bias = any(view.bias is not None for view in self.views)
+        needed = self.rank + self.has_bias
+        pitch = CUDA_PITCH if device.type == "cuda" else 1
+        self.columns = -(-needed // pitch) * pitch
+        self.quantised = any(isinstance(view.weight, FourBitWeight) for view in self.views)
+        self.drops = any(view.lora is not None and view.lora.dropout > 0 for view in self.views)
+        self._cast = any(
+            isinstance(view.weight, Tensor) and view.weight.dtype != dtype for view in self.views
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that autograd may ask a gradient for."""
+        return [tensor for view in self.views for tensor in view.tensors()]
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether any base weight wants a gradient, which needs the input itself in backward."""
+        return any(view.trains for view in self.views)
+
+    def extends(self, tokens: int, *, backward: bool = False) -> bool:
+        """Whether E is built for this pass: the copy of W must be cheaper than touching the wide result again."""
+        if self.quantised or self._cast:
+            return True
+        return bool(self.rank) and tokens > (self.n if backward else self.k)
+
+    def extend(self, tokens: int, *, backward: bool = False) -> Tensor | None:
+        """E [N + C, K + C], or None where the weights are used in place."""
+        if not self.extends(tokens, backward=backward):
+            return None
+        e = torch.empty(
+            self.n + self.columns, self.k + self.columns, dtype=self.dtype, device=self.device
+        )
+        for view, rows in zip(self.views, self.rows, strict=True):
+            target = e[rows, : self.k]
+            if isinstance(view.weight, FourBitWeight):
+                implementation("nf4", self.device).forward(view.weight, out=target)
+            else:
+                target.copy_(view.weight)
+        if self.columns:
+            e[: self.n, self.k :] = self._b_block()
+            e[self.n :, : self.k] = self._a_rows()
+        return e
+
+    def wide(self, tokens: int, *, backward: bool = False) -> Tensor:
+        """An uninitialised [T, K + C] for the input (backward: [T, N + C] for its gradient)."""
+        features = self.n if backward else self.k
+        columns = self.columns if self.extends(tokens, backward=backward) else 0
+        return torch.empty(tokens, features + columns, dtype=self.dtype, device=self.device)
+
+    def forward(
+        self,
+        x: Tensor,
+        e: Tensor | None,
+        *,
+        residual: Tensor | None = None,
+        alpha: float = 1.0,
+        seeds: Sequence[int] = (),
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns (y_TN = residual + alpha * projections, t_TR = x (sA)^T for backward).
+
+        x: [T, K], or `wide` with x in its first K columns (the rest is overwritten). out: [T, N], any row stride.
+        """
+        x_TK = x[:, : self.k]
+        t_TC = self._adapter_input(x_TK, e, seeds, out=x[:, self.k :] if x.shape[1] > self.k else None)
+        y = self._output(x, residual) if out is None else out
+        if e is not None and x.shape[1] > self.k:
+            _gemm(x, e[: self.n].T, y, residual, alpha)
+            return y, t_TC[:, : self.rank].clone() if t_TC is not None and self.rank else None
+        if e is not None:
+            _gemm(x_TK, e[: self.n, : self.k].T, y, residual, alpha)
+        else:
+            self._in_place(x_TK, y, residual, alpha)
+        if t_TC is not None:
+            b_NC = self._b_block() if e is None else e[: self.n, self.k :]
+            _gemm(t_TC, b_NC.T, y, y, alpha)
+        return y, t_TC[:, : self.rank] if t_TC is not None and self.rank else None
+
+    def backward(
+        self,
+        dy: Tensor,
+        x_TK: Tensor,
+        t_TR: Tensor | None,
+        e: Tensor | None,
+        sink: GradientSink,
+        *,
+        need_dx: bool = True,
+        row_scale: Tensor | None = None,
+        column_scale: Tensor | None = None,
+        seeds: Sequence[int] = (),
+    ) -> Tensor | None:
+        """Both halves below, for a caller that has the input at hand. Returns dx_TK, or None if it is not needed."""
+        dt_TC, dx_TK = self.backward_input(dy, e, need_dx=need_dx, seeds=seeds)
+        self.backward_parameters(
+            dy, dt_TC, x_TK, t_TR, sink, row_scale=row_scale, column_scale=column_scale, seeds=seeds
+        )
+        return dx_TK
+
+    def backward_input(
+        self, dy: Tensor, e: Tensor | None, *, need_dx: bool = True, seeds: Sequence[int] = ()
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Returns (dt_TC = dy B, dx_TK).
+
+        dy: [T, N], or `wide(backward=True)` with dy in its first N columns (the rest is overwritten).
+        """
+        dy_TN = dy[:, : self.n]
+        rides = e is not None and dy.shape[1] > self.n
+        dt_TC = self._adapter_gradient(dy, e)
+        if not need_dx:
+            return dt_TC, None
+        dx = torch.empty(dy.shape[0], self.k, dtype=self.dtype, device=self.device)
+        if e is not None:
+            torch.mm(dy, e[:, : self.k], out=dx) if rides else torch.mm(
+                dy_TN, e[: self.n, : self.k], out=dx
+            )
+        else:
+            for i, (view, rows) in enumerate(zip(self.views, self.rows, strict=True)):
+                assert isinstance(view.weight, Tensor)
+                _gemm(dy_TN[:, rows], view.weight, dx, dx if i else None, 1.0)
+        if dt_TC is not None and not rides:
+            dx.addmm_(dt_TC, self._a_rows() if e is None else e[self.n :, : self.k])
+        if self.drops:
+            self._add_dropped(dx, dt_TC, seeds)
+        return dt_TC, dx
+
+    def backward_parameters(
+        self,
+        dy: Tensor,
+        dt_TC: Tensor | None,
+        x_TK: Tensor,
+        t_TR: Tensor | None,
+        sink: GradientSink,
+        *,
+        row_scale: Tensor | None = None,
+        column_scale: Tensor | None = None,
+        seeds: Sequence[int] = (),
+    ) -> None:
+        """Puts the gradients of every tensor that wants one into `sink`.
+
+        x_TK: forward's input; or, with row_scale [T] and column_scale [K], the tensor that it is the product of
+        (rows and columns scaled), so that a normed input need not exist: dA = ((r · s dy B)^T x) · c.
+        """
+        dy_TN = dy[:, : self.n]
+        if dt_TC is not None:
+            self._adapter_gradients(dy_TN, dt_TC, x_TK, t_TR, sink, row_scale, column_scale, seeds)
+        for view, rows in zip(self.views, self.rows, strict=True):
+            if isinstance(view.weight, Tensor) and view.weight.requires_grad:
+                _add(sink, view.weight, matmul_to(dy_TN[:, rows].T, x_TK, view.weight.dtype))
+            if view.bias is not None and view.bias.requires_grad:
+                _add(sink, view.bias, dy_TN[:, rows].sum(0, dtype=torch.float32))
+
+    def _output(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return torch.empty(
+            x.shape[0], self.n, dtype=x.dtype if residual is None else residual.dtype, device=x.device
+        )
+
+    def _in_place(self, x_TK: Tensor, y: Tensor, residual: Tensor | None, alpha: float) -> None:
+        """The base product from the parameters themselves; a bias rides in the GEMM where it can."""
+        for view, rows in zip(self.views, self.rows, strict=True):
+            assert isinstance(view.weight, Tensor)
+            target = y[:, rows]
+            if view.bias is not None and residual is None and alpha == 1.0:
+                torch.addmm(view.bias.to(self.dtype), x_TK, view.weight.T, out=target)
+                continue
+            _gemm(x_TK, view.weight.T, target, None if residual is None else residual[:, rows], alpha)
+            if view.bias is not None:
+                target.add_(view.bias, alpha=alpha)
+
+    def _adapter_input(
+        self, x_TK: Tensor, e: Tensor | None, seeds: Sequence[int], out: Tensor | None
+    ) -> Tensor | None:
+        """t_TC = x (sA)^T, a one in the bias column of E, zeros in the padding."""
+        if not self.columns or (e is None and not self.rank):
+            return None
+        a_CK = self._a_rows() if e is None else e[self.n :, : self.k]
+        t_TC = torch.empty(
+            x_TK.shape[0], self.columns, dtype=self.dtype, device=self.device
+        ) if out is None or not out.shape[1] else out
+        torch.mm(x_TK, a_CK.T, out=t_TC)
+        for i, (view, ranks) in enumerate(zip(self.views, self.ranks, strict=True)):
+            if view.lora is not None and view.lora.dropout > 0:
+                dropped = dropout(x_TK, view.lora.dropout, seeds[i])
+                torch.mm(dropped, self._scaled_a(view).T, out=t_TC[:, ranks])
+        if self.has_bias and e is not None:
+            t_TC[:, self.rank] = 1.0
+        return t_TC
+
+    def _adapter_gradient(self, dy: Tensor, e: Tensor | None) -> Tensor | None:
+        """dt_TC = dy B, written behind dy where it has room."""
+        if not self.rank:
+            if dy.shape[1] > self.n:
+                dy[:, self.n :].zero_()
+            return None
+        b_NC = self._b_block() if e is None else e[: self.n, self.k :]
+        dt_TC = dy[:, self.n :] if dy.shape[1] > self.n else dy.new_empty(dy.shape[0], self.columns)
+        return torch.mm(dy[:, : self.n], b_NC, out=dt_TC)
+
+    def _adapter_gradients(
+        self,
+        dy_TN: Tensor,
+        dt_TC: Tensor,
+        x_TK: Tensor,
+        t_TR: Tensor | None,
+        sink: GradientSink,
+        row_scale: Tensor | None,
+        column_scale: Tensor | None,
+        seeds: Sequence[int],
+    ) -> None:
+        wanted = [
+            (i, view.lora)
+            for i, view in enumerate(self.views)
+            if view.lora is not None and (view.lora.a_RK.requires_grad or view.lora.b_NR.requires_grad)
+        ]
+        if not wanted or t_TR is None:
+            return
+        scaled = dt_TC if row_scale is None else (dt_TC * row_scale[:, None]).to(self.dtype)
+        whole = None
+        if not self.drops:
+            whole = matmul_to(scaled[:, : self.rank].T, x_TK, torch.float32)
+            if column_scale is not None:
+                whole *= column_scale
+        for i, lora in wanted:
+            rows, ranks = self.rows[i], self.ranks[i]
+            _add(sink, lora.b_NR, matmul_to(dy_TN[:, rows].T, t_TR[:, ranks], torch.float32))
+            if whole is not None:
+                da = whole[ranks]
+            else:
+                x_in = dropout(x_TK, lora.dropout, seeds[i]) if lora.dropout > 0 else x_TK
+                da = matmul_to(dt_TC[:, ranks].T, x_in, torch.float32)
+            _add(sink, lora.a_RK, da * lora.scale)
+
+    def _add_dropped(self, dx: Tensor, dt_TC: Tensor | None, seeds: Sequence[int]) -> None:
+        """The part of dx that comes back through a mask: those rows of sA are zero in E."""
+        for i, (view, ranks) in enumerate(zip(self.views, self.ranks, strict=True)):
+            if dt_TC is not None and view.lora is not None and view.lora.dropout > 0:
+                back = torch.mm(dt_TC[:, ranks], self._scaled_a(view))
+                dx += dropout(back, view.lora.dropout, seeds[i])
+
+    def _b_block(self) -> Tensor:
+        """[N, C]: each B on its own rows and columns, the biases in the column behind them, zeros elsewhere."""
+        block = torch.zeros(self.n, self.columns, dtype=self.dtype, device=self.device)
+        for view, rows, ranks in zip(self.views, self.rows, self.ranks, strict=True):
+            if view.lora is not None:
+                block[rows, ranks] = view.lora.b_NR.to(self.dtype)
+            if view.bias is not None:
+                block[rows, self.rank] = view.bias.to(self.dtype)
+        return block
+
+    def _a_rows(self) -> Tensor:
+        """[C, K]: s·A of each projection; zero rows for the bias, the padding and projections with dropout."""
+        rows = torch.zeros(self.columns, self.k, dtype=self.dtype, device=self.device)
+        for view, ranks in zip(self.views, self.ranks, strict=True):
+            if view.lora is not None and view.lora.dropout == 0:
+                rows[ranks] = self._scaled_a(view)
+        return rows
+
+    def _scaled_a(self, view: LinearView) -> Tensor:
+        """s·A, multiplied in A's own precision and rounded once."""
+        assert view.lora is not None
+        return (view.lora.a_RK.detach() * view.lora.scale).to(self.dtype)
+
+
+def matmul_to(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b accumulated in fp32 and rounded once, to `dtype`."""
+    if a.dtype == dtype:
+        return torch.mm(a, b)
+    if a.device.type == "cuda" and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float()).to(dtype)
+
+
+def _gemm(a: Tensor, b: Tensor, out: Tensor, residual: Tensor | None, alpha: float) -> None:
+    """out = residual + alpha * a b; a residual of another dtype (fp32 under autocast) is added after the GEMM."""
+    if residual is None:
+        torch.mm(a, b, out=out)
+        if alpha != 1.0:
+            out *= alpha
+    elif out.dtype == a.dtype:
+        torch.addmm(residual, a, b, alpha=alpha, out=out)
+    else:
+        torch.add(residual, torch.mm(a, b), alpha=alpha, out=out)
+
+
+def _add(sink: GradientSink, parameter: Tensor, gradient: Tensor) -> None:
+    if parameter.requires_grad:
+        known = sink.get(id(parameter))
+        sink[id(parameter)] = gradient if known is None else known + gradient

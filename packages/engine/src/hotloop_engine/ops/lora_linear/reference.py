@@ -1,0 +1,32 @@
+"""The equation of a LoRA projection in plain torch: the truth that the grouped GEMMs are tested against."""
+
+from __future__ import annotations
+
+import torch
+from hotloop_core.kernels import FourBitWeight
+from torch import Tensor
+
+from .._select import implementation
+from .views import LinearView
+
+
+def lora_linear_reference(x_TK: Tensor, view: LinearView, mask_TK: Tensor | None = None) -> Tensor:
+    """y = x W^T + b + s (x * mask) A^T B^T. mask: 0 or 1 / (1 - p), where the adapter has dropout."""
+    y_TN = torch.nn.functional.linear(x_TK, dense_weight(view.weight, x_TK.dtype), _cast(view.bias, x_TK))
+    if view.lora is None:
+        return y_TN
+    x_TK = x_TK if mask_TK is None else x_TK * mask_TK
+    a_RK, b_NR = view.lora.a_RK.to(x_TK.dtype), view.lora.b_NR.to(x_TK.dtype)
+    return y_TN + view.lora.scale * (x_TK @ a_RK.T @ b_NR.T)
+
+
+def dense_weight(weight: Tensor | FourBitWeight, dtype: torch.dtype) -> Tensor:
+    """The weight as a dense [N, K] tensor of `dtype`."""
+    if not isinstance(weight, FourBitWeight):
+        return weight.to(dtype)
+    out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
+    return implementation("nf4", out.device).forward(weight, out=out)
+
+
+def _cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(like.dtype)

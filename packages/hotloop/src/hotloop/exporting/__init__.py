@@ -1,0 +1,207 @@
+"""Export: from a live model to files that other programs load, through the exporter plugins."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hotloop_core import ExportReport, ExportRequest, discover, facts_of
+from hotloop_core.errors import BrokenPluginError, ConfigError, ExportError, UnsupportedError
+
+if TYPE_CHECKING:
+    from hotloop_core import ExporterSpec, FamilySpec, Registry
+    from hotloop_core.exporter import Contents
+
+__all__ = ["export"]
+
+
+def export(
+    model: Any,
+    tokenizer: Any,
+    directory: str | Path,
+    *,
+    format: str,
+    quant: str | Sequence[str] | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = 5 * 10**9,
+    progress: Callable[[int, int, str], None] | None = None,
+    name: str | None = None,
+    family: str | None = None,
+    registry: Registry | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> ExportReport:
+    """Writes a model, with its active adapters merged in, as `format` says. The live model is only read.
+
+    Args:
+        model: a transformers model, or a PEFT model over one, in 16 or 32 bits or bitsandbytes 4 bit, wired or not.
+        tokenizer: its tokenizer; None where the format needs none.
+        directory: where the files go; made where it is missing.
+        format: the name of an installed exporter ("safetensors", "gguf").
+        quant: what that exporter calls it ("16bit", "adapter"; "q8_0", "q4_k_m"), or several, written in one pass.
+        overwrite: replace outputs that exist.
+        max_shard_bytes: largest size of one file, for formats that split.
+        progress: called with (tensors done, tensors in all, name of the tensor).
+        name: the model's name in file names and metadata; the last part of its name or path where None.
+        family: the family's name, where two plugins claim the model type.
+        registry: the plugins to use; what is installed where None.
+        metadata: what a model card says (licence, base model ...), plain values.
+
+    Returns:
+        The files that were written, with sizes and SHA-256.
+
+    Raises:
+        ExportError: it cannot be made or finished, with the reason; nothing that looks whole is left.
+        OutputExistsError: an output exists. UnsupportedError: an adapter or a quantisation that cannot be merged.
+        ConfigError: no such quantisation. NoExporterError, NoFamilyError: no plugin for it.
+
+    """
+    registry = registry or discover()
+    exporter = registry.exporter(format)
+    quants = _quants(exporter, quant)
+    contents: Contents = "adapter" if quants[0] in exporter.adapter_quants else "merged"
+    base = _base_model(model)
+    chosen = registry.match(base.config.to_dict(), family=family)
+    target = _directory(Path(directory))
+    write = _writer(exporter)
+    with tempfile.TemporaryDirectory(prefix="hotloop-export-") as temporary:
+        request = _request(
+            model, base, tokenizer, chosen, Path(temporary), contents, quants, target, name
+        )
+        request = _with_options(request, overwrite, max_shard_bytes, progress, metadata)
+        return write(request)
+
+
+def _quants(exporter: ExporterSpec, quant: str | Sequence[str] | None) -> tuple[str, ...]:
+    if quant is None:
+        return (next(iter(exporter.quants)),)
+    asked = [quant] if isinstance(quant, str) else list(quant)
+    if not asked:
+        raise ConfigError(f"quant is an empty list; choose among {', '.join(exporter.quants)}")
+    names = tuple(dict.fromkeys(exporter.resolve(name) for name in asked))
+    if len({name in exporter.adapter_quants for name in names}) > 1:
+        raise ConfigError(
+            f"quant={asked!r} mixes the adapter alone with the merged model; export them one after the other"
+        )
+    return names
+
+
+def _base_model(model: Any) -> Any:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PeftModel):
+        config = model.peft_config[model.active_adapter] if model.peft_config else None
+        if config is not None and config.is_prompt_learning:
+            raise UnsupportedError(
+                f"{config.peft_type} adds virtual tokens, which no weight holds; export the adapter with PEFT"
+            )
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(
+            f"cannot export a {type(model).__name__}; expected a transformers model or a PEFT model over one. "
+            "Unwrap it first (accelerator.unwrap_model(model))."
+        )
+    quantization = getattr(model.config, "quantization_config", None)
+    method = getattr(quantization, "quant_method", None)
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method")
+    method = getattr(method, "value", method)
+    if method not in (None, "bitsandbytes", "gguf"):
+        raise UnsupportedError(
+            f"the base is quantised with {method!r}; exported are 16-bit and bitsandbytes 4-bit models. "
+            "Export the adapter alone (format='safetensors', quant='adapter')."
+        )
+    return model
+
+
+def _directory(directory: Path) -> Path:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExportError(
+            f"cannot make {directory}: {error.strerror}. Choose another directory."
+        ) from error
+    return directory
+
+
+def _writer(exporter: ExporterSpec) -> Callable[[ExportRequest], ExportReport]:
+    module, _, function = exporter.target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:
+        raise BrokenPluginError(
+            f"exporter {exporter.name!r} names {exporter.target!r}, which cannot be imported: {error}. "
+            f"Reinstall it (`uv add hotloop-{exporter.name}`) or tell its author."
+        ) from error
+
+
+def _request(
+    model: Any,
+    base: Any,
+    tokenizer: Any,
+    family: FamilySpec,
+    source: Path,
+    contents: Contents,
+    quants: tuple[str, ...],
+    directory: Path,
+    name: str | None,
+) -> ExportRequest:
+    from .places import Places
+    from .source import read_config, save_adapter, save_config, save_tokenizer
+    from .stream import adapter_tensors, merged_tensors
+
+    config: dict[str, Any] = base.config.to_dict()
+    places = Places(family, config, facts_of(family, config).layers)
+    if contents == "adapter":
+        tensors = adapter_tensors(save_adapter(model, source), places)
+    else:
+        tensors, tied = merged_tensors(base, places, tied=bool(config.get(family.keys.tied)))
+        save_config(base, source, tied=tied)
+        config = read_config(source) | {family.keys.tied: tied}
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, source)
+    template = getattr(tokenizer, "chat_template", None)
+    return ExportRequest(
+        family=family,
+        facts=facts_of(family, config),
+        tensors=tensors,
+        directory=directory,
+        source=source,
+        name=_name(name or str(base.config.name_or_path or ""), directory),
+        quants=quants,
+        contents=contents,
+        tokenize=None if tokenizer is None else _tokenize(tokenizer),
+        chat_template=template if isinstance(template, str) else None,
+    )
+
+
+def _with_options(
+    request: ExportRequest,
+    overwrite: bool,
+    max_shard_bytes: int,
+    progress: Callable[[int, int, str], None] | None,
+    metadata: Mapping[str, Any] | None,
+) -> ExportRequest:
+    from dataclasses import replace
+
+    return replace(
+        request,
+        overwrite=overwrite,
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+        metadata=dict(metadata or {}),
+    )
+
+
+def _tokenize(tokenizer: Any) -> Callable[[str], list[int]]:
+    return lambda text: list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _name(asked: str, directory: Path) -> str:
+    """A plain file name: the last part of a hub id or path, else the directory's name."""
+    last = Path(asked).name or directory.resolve().name
+    return re.sub(r"[^\w.+-]", "-", last) or "model"

@@ -1,0 +1,61 @@
+"""What stands beside the weights: config, generation config and tokenizer, saved by transformers and PEFT themselves."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import TYPE_CHECKING, Any
+
+from hotloop_core.errors import ExportError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def save_config(model: Any, directory: Path, *, tied: bool) -> None:
+    """Writes config.json and generation_config.json of the merged model: no quantization, the head tied or not."""
+    config = copy.deepcopy(model.config)
+    for leftover in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, leftover):
+            delattr(config, leftover)
+    config.architectures = [type(model).__name__]
+    config.tie_word_embeddings = tied
+    config.save_pretrained(directory)
+    if getattr(model, "generation_config", None) is not None:
+        # Not save_pretrained: it refuses settings that this model was loaded and generates with.
+        text = model.generation_config.to_json_string(use_diff=True)
+        (directory / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Writes the tokenizer's files as transformers saves them."""
+    tokenizer.save_pretrained(directory)
+
+
+def save_adapter(model: Any, directory: Path) -> Path:
+    """Writes the one active adapter as PEFT saves it, and gives its safetensors file.
+
+    Raises:
+        ExportError: no adapter, or several, are active.
+
+    """
+    from peft import PeftModel
+
+    active: list[str] = list(model.active_adapters) if isinstance(model, PeftModel) else []
+    if len(active) != 1:
+        raise ExportError(
+            f"an adapter export needs a PEFT model with one active adapter; found {active or 'none'}. "
+            "Choose one with model.set_adapter(NAME), or export the merged model."
+        )
+    model.save_pretrained(str(directory), selected_adapters=active)
+    folder = directory if active[0] == "default" else directory / active[0]
+    if folder is not directory:
+        for file in folder.iterdir():
+            file.rename(directory / file.name)
+        folder.rmdir()
+    return directory / "adapter_model.safetensors"
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """`config.json` of a directory."""
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))

@@ -1,0 +1,214 @@
+"""From a recipe's data section to rows of tokens: read, rendered, measured, split into trained and held out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hotloop_core.errors import DataError
+
+from .render import Renderer, Row, fields_of, find_form
+from .rows import Record, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .recipe import DataSection, Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """What became of the rows. Tokens are counted after cutting; `trained` of them have a label.
+
+    overlong: rows longer than max_seq_len, before anything was done about them. fingerprint: SHA-256 of all tokens
+    and labels in order, so that a resumed run can tell that its data is the same.
+    """
+
+    form: str
+    rows: int
+    held_out_rows: int
+    overlong: int
+    dropped_rows: int
+    dropped_tokens: int
+    tokens: int
+    trained_tokens: int
+    longest: int
+    fingerprint: str
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.rows:,} rows ({self.form}) to train on, {self.held_out_rows:,} held out; "
+            f"{self.tokens:,} tokens, {self.trained_tokens:,} of them trained; longest row {self.longest:,}"
+        ]
+        if self.overlong:
+            lines.append(
+                f"{self.overlong:,} rows were longer than max_seq_len: {self.dropped_rows:,} rows and "
+                f"{self.dropped_tokens:,} tokens left out"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """The rows of a run, and the records that the training rows were made from, by the same index."""
+
+    train: list[Row]
+    held_out: list[Row]
+    records: list[Record]
+    report: DataReport
+
+
+def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Reads and renders all rows of a recipe.
+
+    Raises:
+        DataError: no rows; rows without the named fields, without a trained token or too long, each listed by number.
+
+    """
+    data, longest = recipe.data, recipe.model.max_seq_len
+    if data.chat_template is not None:
+        from hotloop.chat_templates import get_chat_template
+
+        tokenizer = get_chat_template(tokenizer, data.chat_template)
+    records = read_rows(data.path, split=data.split)
+    renderer = Renderer(tokenizer, data, find_form(data, records[0]))
+    _require_fields(records, fields_of(data, renderer.form), data.path)
+    if isinstance(data.held_out, str):
+        held_records = read_rows(data.held_out, split=data.split)
+        _require_fields(held_records, renderer.fields, data.held_out)
+    else:
+        records, held_records = split_held_out(records, data.held_out, seed=data.shuffle_seed)
+
+    fitter = _Fitter(renderer, data, longest)
+    train, sources = fitter.rows(records, data.path)
+    held_out, _ = fitter.rows(held_records, data.held_out if isinstance(data.held_out, str) else data.path)
+    if not train:
+        raise DataError(f"{data.path}: no row is left to train on ({fitter.dropped_rows} were too long)")
+    report = DataReport(
+        form=renderer.form,
+        rows=len(train),
+        held_out_rows=len(held_out),
+        overlong=fitter.overlong,
+        dropped_rows=fitter.dropped_rows,
+        dropped_tokens=fitter.dropped_tokens,
+        tokens=sum(len(row) for row in train),
+        trained_tokens=sum(row.trained for row in train),
+        longest=max(len(row) for row in train),
+        fingerprint=_fingerprint([*train, *held_out]),
+    )
+    return Prepared(train=train, held_out=held_out, records=sources, report=report)
+
+
+def split_held_out(
+    records: Sequence[Record], share: float, *, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """Splits records into (train, held out), at least one of them held out where `share` is above 0.
+
+    A record's side depends on its content and the seed alone: added or reordered rows move no other, and equal rows
+    are on the same side, so that nothing held out was trained on.
+    """
+    if share == 0:
+        return list(records), []
+    keys = [_key(record, seed) for record in records]
+    distinct = sorted(set(keys))
+    if len(distinct) < 2:
+        raise DataError(
+            f"{len(distinct)} distinct row cannot be split; set data.held_out = 0, or name a file of held-out rows"
+        )
+    count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
+    held = set(distinct[:count])
+    sides: tuple[list[Record], list[Record]] = ([], [])
+    for record, key in zip(records, keys, strict=True):
+        sides[key in held].append(record)
+    return sides
+
+
+def _key(record: Record, seed: int) -> str:
+    text = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(f"{seed} {text}".encode()).hexdigest()
+
+
+class _Fitter:
+    """Renders records, does with overlong rows what the recipe says, and counts what it did."""
+
+    def __init__(self, renderer: Renderer, data: DataSection, longest: int) -> None:
+        self.renderer, self.policy, self.longest = renderer, data.overlong, longest
+        self.overlong = self.dropped_rows = self.dropped_tokens = 0
+
+    def rows(self, records: Sequence[Record], path: str) -> tuple[list[Row], list[Record]]:
+        rendered = [
+            self.renderer(record, f"{path}, row {number}")
+            for number, record in enumerate(records, start=1)
+        ]
+        _refuse(path, "no token to train on", rendered, lambda row: row.trained == 0, _NOTHING_TRAINED)
+        if self.policy == "error":
+            _refuse(
+                path,
+                f"more than max_seq_len = {self.longest} tokens",
+                rendered,
+                lambda row: len(row) > self.longest,
+                'Raise model.max_seq_len, or set data.overlong to "cut", "drop" or "split".',
+            )
+        rows: list[Row] = []
+        sources: list[Record] = []
+        for row, record in zip(rendered, records, strict=True):
+            for piece in self._pieces(row):
+                rows.append(piece)
+                sources.append(record)
+        return rows, sources
+
+    def _pieces(self, row: Row) -> Iterable[Row]:
+        if len(row) <= self.longest:
+            return [row]
+        self.overlong += 1
+        starts = range(0, len(row), self.longest) if self.policy == "split" else [0]
+        pieces = [] if self.policy == "drop" else [row[at : at + self.longest] for at in starts]
+        kept = [piece for piece in pieces if piece.trained]
+        self.dropped_rows += not kept
+        self.dropped_tokens += len(row) - sum(len(piece) for piece in kept)
+        return kept
+
+
+_NOTHING_TRAINED = (
+    'A chat needs an assistant message and a completion must not be empty; or set data.loss_on = "all".'
+)
+
+
+def _refuse(path: str, what: str, rows: Sequence[Row], bad: Any, advice: str) -> None:
+    numbers = [number for number, row in enumerate(rows, start=1) if bad(row)]
+    if numbers:
+        longest = max(len(row) for row in rows)
+        raise DataError(
+            f"{path}: {_count(numbers, len(rows))} with {what} (rows {_listed(numbers)}; longest row {longest} "
+            f"tokens). {advice}"
+        )
+
+
+def _require_fields(records: Sequence[Record], fields: Sequence[str], path: str) -> None:
+    bad = [n for n, record in enumerate(records, 1) if any(record.get(f) is None for f in fields)]
+    if bad:
+        found = ", ".join(map(repr, records[bad[0] - 1])) or "nothing"
+        raise DataError(
+            f"{path}: {_count(bad, len(records))} without {' and '.join(map(repr, fields))} (rows {_listed(bad)}; "
+            f"row {bad[0]} has {found}). Correct them, or name the fields in the data section."
+        )
+
+
+def _count(numbers: Sequence[int], of: int) -> str:
+    return f"{len(numbers):,} of {of:,} rows"
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:10])) + (" ..." if len(numbers) > 10 else "")
+
+
+def _fingerprint(rows: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little"))
+        digest.update(row.ids.tobytes())
+        digest.update(row.labels.tobytes())
+    return digest.hexdigest()
