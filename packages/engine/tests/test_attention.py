@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hotloop_engine.attention import Backend, Sequences, choose, request, table
+from hotloop_core.errors import ConfigError, NoImplementationError
+from hotloop_engine.attention import Backend, Request, Sequences, choose, request, table
 from hotloop_engine.attention.backends import BACKENDS
 from hotloop_testkit.numerics import assert_no_worse_than, poisoned_buffers
 from torch import Tensor
 
 BY_NAME = {backend.name: backend for backend in BACKENDS}
 CPU = torch.device("cpu")
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton's interpreter is on only where there is no GPU"
+)
 
 
 @dataclass(frozen=True)
@@ -143,8 +147,196 @@ def test_sdpa_cpu_is_no_worse_than_eager(case: Case, dtype: torch.dtype) -> None
     check(BY_NAME["sdpa_cpu"], case, tensors(case, dtype))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU only: Triton's interpreter")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@needs_interpreter
 @pytest.mark.parametrize("case", [*CASES, *WINDOWED], ids=str)
-def test_triton_is_no_worse_than_eager_in_the_interpreter(case: Case, dtype: torch.dtype) -> None:
-    check(BY_NAME["triton"], case, tensors(case, dtype))
+def test_triton_is_no_worse_than_eager_in_the_interpreter(case: Case) -> None:
+    check(BY_NAME["triton"], case, tensors(case, torch.float32))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", [CASES[4], WINDOWED[-1]], ids=str)
+def test_triton_is_no_worse_than_eager_in_fp16(case: Case) -> None:
+    check(BY_NAME["triton"], case, tensors(case, torch.float16))
+
+
+ON_CPU = [
+    pytest.param("reference"),
+    pytest.param("sdpa_cpu"),
+    pytest.param("triton", marks=needs_interpreter),
+]
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_changing_one_row_changes_no_bit_of_another(name: str) -> None:
+    case = Case((21, 1, 34, 17), heads=2, kv_heads=1, head_size=16)
+    inputs = tensors(case, torch.float32)
+    changed = [x.clone() for x in inputs]
+    for x in changed:
+        x[22:56] = torch.randn_like(x[22:56]) * 50
+    before, after = (run(BY_NAME[name], case, x) for x in (inputs, changed))
+    others = torch.arange(73).lt(22) | torch.arange(73).ge(56)
+    for tensor in before:
+        assert torch.equal(before[tensor][others], after[tensor][others])
+        assert not torch.equal(before[tensor][~others], after[tensor][~others])
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_packed_row_is_what_it_is_alone(name: str) -> None:
+    case = Case((13, 40, 9), heads=2, kv_heads=1, head_size=16)
+    inputs = tensors(case, torch.float64 if name == "reference" else torch.float32)
+    together = run(BY_NAME[name], case, inputs)
+    row = [x[13:53] for x in inputs]
+    alone = run(BY_NAME[name], Case((40,), heads=2, kv_heads=1, head_size=16), row)
+    for tensor, value in alone.items():
+        assert torch.equal(together[tensor][13:53], value)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_padding_on_both_sides_changes_nothing_and_stays_finite(name: str) -> None:
+    case = Case((12,), heads=2, kv_heads=1, head_size=16)
+    row = tensors(case, torch.float32)
+    alone = run(BY_NAME[name], case, row)
+    padded = [torch.cat([torch.full_like(x[:3], 9), x, torch.full_like(x[:5], -9)]) for x in row]
+    padded[3][:3] = padded[3][15:] = 0  # no loss looks at padding
+    mask = torch.tensor([[0] * 3 + [1] * 12 + [0] * 5])
+    sequences = Sequences.from_padding_mask(mask)
+    backend = BY_NAME[name]
+    o, lse = backend.forward(*padded[:3], sequences, scale=0.25)
+    grads = backend.backward(padded[3], *padded[:3], o, lse, sequences, scale=0.25)
+    for tensor, value in zip(("o", "dq", "dk", "dv"), (o, *grads), strict=True):
+        assert torch.equal(value[3:15], alone[tensor])
+        assert value.isfinite().all()
+        if tensor != "o":
+            assert not value[:3].any()
+            assert not value[15:].any()
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_outputs_go_into_the_callers_buffer_and_nowhere_else(name: str) -> None:
+    case = Case((19, 6), heads=4, kv_heads=2, head_size=16)
+    inputs = tensors(case, torch.float32)
+    expected = run(BY_NAME[name], case, inputs)
+    copies = [x.clone() for x in inputs]
+    wide_o = torch.full((25, 4 * 16 + 8), float("nan"))
+    wide_d = torch.full((25, 8 * 16 + 5), float("nan"))
+    q, k, v, do = inputs
+    sequences, backend = batch(case.lengths), BY_NAME[name]
+    o_view = wide_o[:, :64].unflatten(1, (4, 16))
+    parts = wide_d[:, :128].split([64, 32, 32], dim=1)
+    out = tuple(part.unflatten(1, (-1, 16)) for part in parts)
+    o, lse = backend.forward(q, k, v, sequences, scale=0.25, out=o_view)
+    grads = backend.backward(do, q, k, v, o, lse, sequences, scale=0.25, out=out)
+    assert o is o_view
+    assert all(given is wanted for given, wanted in zip(grads, out, strict=True))
+    for tensor, value in zip(("o", "dq", "dk", "dv"), (o, *grads), strict=True):
+        assert torch.equal(value, expected[tensor])
+    assert wide_o[:, 64:].isnan().all()
+    assert wide_d[:, 128:].isnan().all()
+    assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_any_strides_give_the_same_result(name: str) -> None:
+    case = Case((11, 20), heads=2, kv_heads=1, head_size=16)
+    inputs = tensors(case, torch.float32)
+    expected = run(BY_NAME[name], case, inputs)
+    heads_outside = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
+    values_outside = [x.mT.contiguous().mT for x in inputs]
+    for strange in (heads_outside, values_outside):
+        found = run(BY_NAME[name], case, strange)
+        for tensor, value in expected.items():
+            torch.testing.assert_close(found[tensor], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_gradient_of_stride_zero_is_accepted(name: str) -> None:
+    case = Case((9,), heads=2, kv_heads=2, head_size=16)
+    q, k, v, _ = tensors(case, torch.float32)
+    ones = torch.ones(())
+    expanded = run(BY_NAME[name], case, [q, k, v, ones.expand(9, 2, 16)])
+    plain = run(BY_NAME[name], case, [q, k, v, torch.ones(9, 2, 16)])
+    for tensor, value in plain.items():
+        torch.testing.assert_close(expanded[tensor], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_no_tokens_give_empty_results(name: str) -> None:
+    q, k = torch.empty(0, 4, 16), torch.empty(0, 2, 16)
+    sequences = Sequences.dense(0, 8, "cpu")
+    o, lse = BY_NAME[name].forward(q, k, k, sequences, scale=1.0)
+    dq, dk, dv = BY_NAME[name].backward(q, q, k, k, o, lse, sequences, scale=1.0)
+    assert [x.shape for x in (o, dq, dk, dv)] == [q.shape, q.shape, k.shape, k.shape]
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_backward_gives_the_same_bits_twice(name: str) -> None:
+    case = Case((40, 23), heads=4, kv_heads=1, head_size=32)
+    inputs = tensors(case, torch.float32)
+    first, second = (run(BY_NAME[name], case, inputs, deterministic=True) for _ in range(2))
+    assert all(torch.equal(first[tensor], second[tensor]) for tensor in first)
+
+
+def asked(**changes: object) -> Request:
+    return replace(Request(dtype=torch.float32, heads=4, kv_heads=2, head_size=64), **changes)
+
+
+def test_on_the_cpu_pytorchs_kernel_comes_first_and_the_reference_does_the_rest() -> None:
+    assert choose(asked(), CPU).name == "sdpa_cpu"
+    assert choose(asked(packed=True, deterministic=True), CPU).name == "sdpa_cpu"
+    assert choose(asked(window=8), CPU).name == "reference"
+    assert choose(asked(softcap=30.0), CPU).name == "reference"
+
+
+def test_a_forced_backend_is_taken_or_refused_with_its_reason() -> None:
+    assert choose(asked(), CPU, "reference").name == "reference"
+    with pytest.raises(NoImplementationError, match=r"'sdpa_cpu' cannot .* no sliding window"):
+        choose(asked(window=8), CPU, "sdpa_cpu")
+    with pytest.raises(NoImplementationError, match=r"'flash' cannot .* runs on cuda, not on cpu"):
+        choose(asked(), CPU, "flash")
+    with pytest.raises(ConfigError, match="'flesh'; expected one of fa4, cudnn, flash"):
+        choose(asked(), CPU, "flesh")
+
+
+def test_when_none_can_each_says_why() -> None:
+    with pytest.raises(NoImplementationError) as caught:
+        choose(asked(dtype=torch.int8), CPU)
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == list(BY_NAME)
+    assert "reference: computes in bfloat16, float16, float32, float64, not in int8" in lines[-1]
+
+
+def test_a_backend_called_past_choose_still_refuses() -> None:
+    q, k, v, _ = tensors(Case((9,)), torch.float32)
+    with pytest.raises(NoImplementationError, match=r"no soft cap \(30.0 asked for\)"):
+        BY_NAME["sdpa_cpu"].forward(q, k, v, batch((9,)), scale=1.0, softcap=30.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 5}, "5 query heads over 2"),
+        ({"window": 0}, "window=0"),
+        ({"softcap": -1.0}, "softcap=-1.0"),
+    ],
+)
+def test_a_request_that_means_nothing_is_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        asked(**changes)
+
+
+def test_a_window_as_long_as_the_longest_sequence_is_none() -> None:
+    q, k, _, _ = tensors(Case((5, 9)), torch.float32)
+    assert request(q, k, batch((5, 9)), window=9).window is None
+    assert request(q, k, batch((5, 9)), window=8).window == 8
+    assert request(q, k, batch((5, 9))).packed
+    assert not request(q, k, Sequences.dense(2, 7, "cpu")).packed
+    assert request(q, k, Sequences.dense(14, 1, "cpu")).packed  # no dense kernel takes length 1
+
+
+def test_the_table_has_a_reason_wherever_a_backend_cannot_run() -> None:
+    rows = {row.name: row for row in table("cpu")}
+    assert list(rows) == list(BY_NAME)
+    assert all(row.available or row.reason for row in rows.values())
+    assert rows["sdpa_cpu"].available
+    assert not rows["sdpa_cpu"].window
+    assert rows["cudnn"].reason == "runs on cuda, not on cpu"

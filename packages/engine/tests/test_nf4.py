@@ -56,7 +56,7 @@ def expected(weight: torch.nn.Parameter, impl: str) -> torch.Tensor:
 
 
 def wide_buffer(shape: tuple[int, int], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
-    """NaN everywhere, three more rows, and a row pitch of a multiple of 64 with columns to spare."""
+    """NaN everywhere, three more rows, a row pitch of a multiple of 64, columns to spare."""
     pitch = (shape[1] + 1 + 63) // 64 * 64
     return torch.full((shape[0] + 3, pitch), float("nan"), dtype=dtype, device=device)
 
@@ -207,7 +207,9 @@ def test_four_bit_weights_hash_by_identity() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336), (1024, 4096), (999, 1001)])
-@pytest.mark.parametrize("kind, nested, dtype", [("nf4", True, DTYPES[0]), ("fp4", False, DTYPES[1])])
+@pytest.mark.parametrize(
+    "kind, nested, dtype", [("nf4", True, DTYPES[0]), ("fp4", False, DTYPES[1])]
+)
 @pytest.mark.parametrize("lookup", ["l1", "gather"])
 def test_real_shapes_are_bit_equal_to_bitsandbytes_on_cuda(shape, kind, nested, dtype, lookup):
     from hotloop_engine.ops.nf4 import kernel

@@ -291,12 +291,12 @@ class CrossEntropyRows(Protocol):
         labels_T: Tensor,
         *,
         options: HeadLossOptions,
-        want_gradient: bool,
+        dloss_T: Tensor | None,
         want_entropy: bool,
     ) -> RowStatistics:
         """Returns the statistics of each row.
 
-        With `want_gradient`, logits become d loss / d logits of each row, unscaled, in place, in
+        With `dloss_T` (fp32, any stride), logits become dloss * d loss / d logits, in place, in
         their dtype; otherwise they are left alone.
         """
         ...

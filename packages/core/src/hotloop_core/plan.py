@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import groupby
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -64,6 +64,20 @@ class LayerPlan:
         """Where the tensor `name` waits."""
         return self.placements.get(name, Placement.KEEP)
 
+    def __str__(self) -> str:
+        by_placement: dict[Placement, list[str]] = {}
+        for name, placement in self.placements.items():
+            by_placement.setdefault(placement, []).append(name)
+        kept = not (by_placement.keys() - {Placement.KEEP})
+        parts = [
+            f"{placement} {' '.join(names)}"
+            for placement, names in by_placement.items()
+            if placement is not Placement.KEEP
+        ]
+        return ("keep everything" if kept else "; ".join(parts)) + (
+            "; weights streamed from host memory" if self.streamed else ""
+        )
+
 
 KEEP_ALL = LayerPlan()
 RECOMPUTE_ALL = LayerPlan(
@@ -98,22 +112,22 @@ class Plan:
 
     def __str__(self) -> str:
         lines = [f"plan for {self.tokens:,} tokens a step, longest sequence {self.longest:,}"]
-        kinds = Counter(tuple(sorted(layer.placements.items())) for layer in self.layers)
-        for placements, count in kinds.items():
-            by_placement: dict[str, list[str]] = {}
-            for name, placement in placements:
-                by_placement.setdefault(placement.value, []).append(name)
-            text = "; ".join(f"{p} {' '.join(names)}" for p, names in by_placement.items())
-            lines.append(f"  {count} layers: {text or 'keep everything'}")
-        streamed = sum(layer.streamed for layer in self.layers)
-        if streamed:
-            lines.append(f"  {streamed} layers' weights streamed from host memory")
+        first = 0
+        for layer, group in groupby(self.layers):
+            last = first + len(list(group)) - 1
+            which = f"layer {first}" if first == last else f"layers {first} to {last}"
+            lines.append(f"  {which}: {layer}")
+            first = last + 1
         for name, size in self.memory.items():
-            lines.append(f"  {name:<28}{size / GIB:8.2f} GiB")
+            lines.append(f"  {name:<34}{size / GIB:8.2f} GiB")
         if self.memory:
             budget = "" if self.budget is None else f" of {self.budget / GIB:.2f} GiB"
-            lines.append(f"  {'predicted peak':<28}{self.peak_bytes / GIB:8.2f} GiB{budget}")
+            lines.append(f"  {'predicted peak':<34}{self.peak_bytes / GIB:8.2f} GiB{budget}")
+        for name, ms in self.step_ms.items():
+            lines.append(f"  {name:<34}{ms:8.1f} ms")
         if self.step_ms:
+            total = sum(self.step_ms.values())
             on = f" on {self.card}" if self.card else ""
-            lines.append(f"  {'predicted step':<28}{sum(self.step_ms.values()):8.0f} ms{on}")
+            rate = f", {self.tokens / total * 1e3:,.0f} tokens/s"
+            lines.append(f"  {'predicted step':<34}{total:8.1f} ms{on}{rate}")
         return "\n".join(lines + [f"  {note}" for note in self.notes])

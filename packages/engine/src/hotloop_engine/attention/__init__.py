@@ -1,4 +1,4 @@
-"""Causal attention over packed or dense batches: one interface, several backends, chosen by what they can do.
+"""Causal attention over packed or dense batches: one interface, several backends, one choice.
 
 sequences = Sequences.from_position_ids(position_ids_BS)           # once per batch
 backend = choose(request(q_THK, k_TGK, sequences), device)
@@ -6,16 +6,8 @@ o_THK, lse = backend.forward(q_THK, k_TGK, v_TGK, sequences, scale=K**-0.5)
 dq, dk, dv = backend.backward(do_THK, q_THK, k_TGK, v_TGK, o_THK, lse, sequences, scale=K**-0.5)
 """
 
-from .interface import (
-    Backend,
-    BackendRow,
-    Capability,
-    Gradients,
-    Request,
-    choose,
-    request,
-    table,
-)
+from .choice import BackendRow, choose, table
+from .interface import Backend, Capability, Gradients, Request, request
 from .sequences import Sequences
 
 __all__ = [

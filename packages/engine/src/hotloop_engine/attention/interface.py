@@ -1,4 +1,4 @@
-"""Causal attention over sequences: what a backend is, what each can do, and which one runs."""
+"""Causal attention over sequences: what is asked of a backend, what it can do, and what it is."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import functools
 import importlib.util
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from hotloop_core.errors import ConfigError, NoImplementationError
 from torch import Tensor
 
-from .sequences import Sequences
+if TYPE_CHECKING:
+    from .sequences import Sequences
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 """dq_THK, dk_TGK, dv_TGK."""
@@ -26,7 +28,8 @@ class Request:
 
     packed: sequences differ in length, so the batch is no dense [B, S] (or are single tokens,
         which backends for dense batches do not take).
-    window: query i sees key j if i - window < j <= i (transformers' `sliding_window`); None: every j <= i.
+    window: query i sees key j if i - window < j <= i, as transformers' `sliding_window`; None: all
+        j <= i.
     softcap: scores become softcap * tanh(scale * qk / softcap).
     deterministic: the backward must give the same bits, run after run.
     """
@@ -43,7 +46,8 @@ class Request:
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ConfigError(
-                f"{self.heads} query heads over {self.kv_heads} key/value heads; expected a multiple."
+                f"{self.heads} query heads over {self.kv_heads} key/value heads; expected a "
+                "multiple."
             )
         if self.window is not None and self.window < 1:
             raise ConfigError(
@@ -79,7 +83,8 @@ def request(
 class Capability:
     """What a backend can do, and hence why it cannot do the rest.
 
-    devices: where it runs. forced_on: devices where it runs only if named, because it is far slower than the rest.
+    devices: where it runs.
+    forced_on: devices where it runs only if named, being far slower than others there.
     compute_capability: the range of CUDA compute capabilities, both ends included.
     head_sizes: (smallest, largest, multiple of).
     deterministic: its backward can give the same bits every time, if asked to.
@@ -100,7 +105,7 @@ class Capability:
     def missing(self, device: torch.device) -> str | None:
         """Why nothing at all runs on this device, or None."""
         if device.type not in self.devices:
-            return f"runs on {_names(self.devices)}, not on {device.type}"
+            return f"runs on {names(self.devices)}, not on {device.type}"
         for package in self.packages:
             if not _importable(package):
                 return f"needs the package {package}, which is not installed"
@@ -108,7 +113,10 @@ class Capability:
             low, high = self.compute_capability
             found = torch.cuda.get_device_capability(device)
             if not low <= found <= high:
-                return f"needs compute capability {_version(low)} to {_version(high)}, found {_version(found)}"
+                return (
+                    f"needs compute capability {_version(low)} to {_version(high)}, "
+                    f"found {_version(found)}"
+                )
         return None
 
     def refusal(self, request: Request) -> str | None:
@@ -116,7 +124,7 @@ class Capability:
         smallest, largest, multiple = self.head_sizes
         size = request.head_size
         if request.dtype not in self.dtypes:
-            return f"computes in {_names(self.dtypes)}, not in {_name(request.dtype)}"
+            return f"computes in {names(self.dtypes)}, not in {short_name(request.dtype)}"
         if not smallest <= size <= largest or size % multiple:
             return f"head sizes {smallest} to {largest} in steps of {multiple}, not {size}"
         if request.packed and not self.packed:
@@ -132,7 +140,7 @@ class Capability:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a backend's two passes are told beside the tensors; the fields are those of `Request`."""
+    """What a backend's two passes are told beside the tensors; fields as those of `Request`."""
 
     scale: float
     window: int | None
@@ -141,15 +149,16 @@ class Options:
 
 
 class Backend(ABC):
-    """One implementation of causal attention with an explicit forward and backward; autograd is not involved.
+    """One implementation of causal attention: an explicit forward and backward, without autograd.
 
-    Equation, for each sequence and head   arXiv:1706.03762 eq. 1, arXiv:2205.14135 algorithms 1 and 4:
-    s_ij = scale * q_i . k_j (soft-capped), p_ij = exp(s_ij - lse_i) over the visible j, o_i = sum_j p_ij v_j.
+    Equation, for each sequence and head   arXiv:1706.03762 eq. 1, arXiv:2205.14135 algorithms 1, 4:
+    s_ij = scale q_i . k_j, soft-capped; p_ij = exp(s_ij - lse_i), j visible; o_i = sum_j p_ij v_j.
 
-    q_THK, k_TGK, v_TGK: 3-D views, last stride 1, head stride K, any token stride (columns of one wide buffer);
-    H a multiple of G. A tensor of other strides is copied where the implementation needs it.
-    lse: fp32, H x T numbers in a layout of the backend's own; with q, k, v, o it is all that backward needs.
-    Forward and backward must get the same options. Nothing that is passed in is changed, `out` excepted.
+    q_THK, k_TGK, v_TGK: 3-D views with any token stride, such as columns of one wide buffer; H is a
+        multiple of G. Where an implementation cannot take the strides, it copies.
+    lse: fp32 (fp64 for fp64), about H x T numbers in a layout of the backend's own. With q, k, v
+        and o it is all that backward needs.
+    Forward and backward must get the same options. Only `out` is written to.
     """
 
     name: str
@@ -176,10 +185,11 @@ class Backend(ABC):
         deterministic: bool = False,
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns (o_THK, lse); o is `out`, a view like q of any token stride, or a new contiguous tensor.
+        """Returns (o_THK, lse); o is `out`, a view like q with any token stride, or a new tensor.
 
         Raises:
-            NoImplementationError: this backend cannot do what is asked; `choose` finds one that can.
+            NoImplementationError: it cannot do what is asked; `choose` finds one that can.
+
         """
         options = self._options(q_THK, k_TGK, sequences, scale, window, softcap, deterministic)
         if sequences.tokens == 0:
@@ -204,10 +214,11 @@ class Backend(ABC):
         deterministic: bool = False,
         out: Gradients | None = None,
     ) -> Gradients:
-        """Returns (dq_THK, dk_TGK, dv_TGK) in the inputs' dtype, written into the views `out` where it is given.
+        """Returns (dq_THK, dk_TGK, dv_TGK) in the inputs' dtype: the views `out`, or new tensors.
 
         Raises:
             NoImplementationError: as forward.
+
         """
         options = self._options(q_THK, k_TGK, sequences, scale, window, softcap, deterministic)
         if sequences.tokens == 0:
@@ -230,7 +241,7 @@ class Backend(ABC):
         asked = request(
             q_THK, k_TGK, sequences, window=window, softcap=softcap, deterministic=deterministic
         )
-        _require(self, asked, q_THK.device)
+        require(self, asked, q_THK.device)
         return Options(
             scale=scale, window=asked.window, softcap=softcap, deterministic=deterministic
         )
@@ -245,7 +256,7 @@ class Backend(ABC):
         options: Options,
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """As forward, for a request that this backend accepts and at least one token; it may leave `out` alone."""
+        """As forward, for an accepted request and one token or more; may leave `out` unused."""
 
     @abstractmethod
     def _backward(
@@ -260,18 +271,23 @@ class Backend(ABC):
         options: Options,
         out: Gradients | None,
     ) -> Gradients:
-        """As backward, for a request that this backend accepts and at least one token; it may leave `out` alone."""
+        """As backward, for an accepted request and one token or more; may leave `out` unused."""
 
 
 def into(value: Tensor, target: Tensor | None) -> Tensor:
-    """`value` itself, or `target` with `value` in it: for implementations that choose their own output memory."""
+    """`value` itself, or `target` with `value` in it."""
     if target is None or target is value:
         return value
     return target.copy_(value)
 
 
+def unit_stride(x: Tensor) -> Tensor:
+    """X itself where the values of a head lie side by side, else a contiguous copy."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def is_aligned(x: Tensor) -> bool:
-    """Whether 16-byte vector loads work: last stride 1, every other stride and the start aligned."""
+    """Whether 16-byte vector loads work: last stride 1, the other strides and the start aligned."""
     size = x.element_size()
     return (
         x.stride(-1) == 1
@@ -281,94 +297,18 @@ def is_aligned(x: Tensor) -> bool:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x itself where `is_aligned`, else a contiguous copy, which is."""
+    """X itself where `is_aligned`, else a contiguous copy, which is."""
     if is_aligned(x):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
 
 @functools.cache
-def _require(backend: Backend, request: Request, device: torch.device) -> None:
+def require(backend: Backend, request: Request, device: torch.device) -> None:
     if reason := backend.refusal(request, device):
         raise NoImplementationError(
             f"attention backend {backend.name!r} cannot do {request} on {device}: {reason}."
         )
-
-
-@functools.cache
-def choose(request: Request, device: torch.device, force: str | None = None) -> Backend:
-    """The first backend, in measured order of speed, that can do what is asked; or the one named by `force`.
-
-    Raises:
-        ConfigError: `force` names no backend.
-        NoImplementationError: none can (or the forced one cannot); the message has each one's reason.
-    """
-    from .backends import BACKENDS
-
-    by_name = {backend.name: backend for backend in BACKENDS}
-    if force is not None:
-        if force not in by_name:
-            raise ConfigError(
-                f"no attention backend {force!r}; expected one of {', '.join(by_name)}."
-            )
-        _require(by_name[force], request, device)
-        return by_name[force]
-    reasons: list[str] = []
-    for backend in BACKENDS:
-        reason = backend.refusal(request, device)
-        if reason is None and device.type in backend.capability.forced_on:
-            reason = f"too slow to be chosen on {device.type}; name it to use it"
-        if reason is None:
-            return backend
-        reasons.append(f"  {backend.name}: {reason}")
-    raise NoImplementationError(
-        f"no attention backend can do {request} on {device}:\n" + "\n".join(reasons)
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackendRow:
-    """One line of `hotloop doctor`: a backend, whether it runs on this device, and what it does there."""
-
-    name: str
-    available: bool
-    reason: str
-    dtypes: str
-    head_sizes: str
-    packed: bool
-    window: bool
-    softcap: bool
-    deterministic: bool
-
-
-def table(device: torch.device | str) -> list[BackendRow]:
-    """Every backend in the order of choice, with the reason where it cannot run on this device."""
-    from .backends import BACKENDS
-
-    device = torch.device(device)
-    rows: list[BackendRow] = []
-    for backend in BACKENDS:
-        can = backend.capability
-        reason = backend.missing(device)
-        if reason is None and device.type in can.forced_on:
-            reason_shown = "only if named: far slower"
-        else:
-            reason_shown = reason or ""
-        smallest, largest, multiple = can.head_sizes
-        rows.append(
-            BackendRow(
-                name=backend.name,
-                available=reason is None,
-                reason=reason_shown,
-                dtypes=_names(can.dtypes),
-                head_sizes=f"{smallest}-{largest}, step {multiple}",
-                packed=can.packed,
-                window=can.window,
-                softcap=can.softcap,
-                deterministic=can.deterministic,
-            )
-        )
-    return rows
 
 
 @functools.cache
@@ -379,12 +319,12 @@ def _importable(module: str) -> bool:
         return False
 
 
-def _name(dtype: object) -> str:
+def short_name(dtype: object) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _names(values: frozenset[object] | frozenset[str] | frozenset[torch.dtype]) -> str:
-    return ", ".join(sorted(_name(value) for value in values))
+def names(values: frozenset[object] | frozenset[str] | frozenset[torch.dtype]) -> str:
+    return ", ".join(sorted(short_name(value) for value in values))
 
 
 def _version(capability: tuple[int, int]) -> str:

@@ -9,9 +9,9 @@ Visible: j <= i and i - j < window, both in one sequence. Backward makes dk, dv 
 program owns a block of keys and sums over all queries of its group) and dq in another, so each sum
 has one owner and one order: no atomics, the same bits every time.
 
-A program is found by tile number. Sequence s starts at tile cu_seqlens[s] // BLOCK + s, which leaves
-every sequence at least the tiles that it needs, so the host need not know the lengths; a program
-finds its sequence by bisection, and at most one tile per sequence is empty.
+Sequence s starts at tile cu_seqlens[s] // BLOCK + s, which leaves every sequence at least the tiles
+that it needs, so the host need not know the lengths; a program finds its sequence by bisection, and
+at most one tile per sequence is empty.
 
 Scores are kept in base 2: exp2 is one instruction. lse is natural.
 """
@@ -19,14 +19,16 @@ Scores are kept in base 2: exp2 is one instruction. lse is natural.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .interface import Options
-from .sequences import Sequences
+if TYPE_CHECKING:
+    from .interface import Options
+    from .sequences import Sequences
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True where kernels run in Triton's interpreter, on CPU tensors."""
@@ -78,10 +80,8 @@ def _tile(
 
 
 @triton.jit
-def _scores(
-    u, i, j, scale, cap, WINDOW: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr
-):
-    """Returns scores in base 2 (-inf where j is not visible from i) and the soft cap's derivative."""
+def _scores(u, i, j, scale, cap, WINDOW: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr):
+    """Returns scores in base 2, -inf where j is not visible from i, and the cap's derivative."""
     if CAP:
         t = _tanh(u * (scale / cap))
         s = t * (cap * LOG2E)
@@ -127,7 +127,7 @@ def _attend(
 
 @triton.jit
 def _ranges(row, length, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr):
-    """Keys for queries row ... row + M: window's edge low ... full, every pair ... diagonal ... end."""
+    """The keys of M queries: the window's edge from low, all visible from full, then the diagonal."""
     end = tl.minimum(row + M, length)
     diagonal = row // N * N
     if WINDOW > 0:
@@ -141,7 +141,7 @@ def _ranges(row, length, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr)
 
 @triton.jit(do_not_specialize=["count", "tokens"])
 def _forward(
-    Q, K_, V, O, LSE, cu_seqlens, count, tokens,
+    Q, K_, V, OUT, LSE, cu_seqlens, count, tokens,
     q_t, q_h, k_t, k_h, v_t, v_h, o_t, o_h, scale, cap,
     GROUP: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, STEPS: tl.constexpr,
@@ -178,13 +178,13 @@ def _forward(
     m = tl.where(inside, m, 0.0)
     o = o / total[:, None]
     tl.store(LSE + head * tokens + start + i, (m + tl.log2(total)) * LN2, mask=inside)
-    pointers = O + start * o_t + head * o_h + i[:, None].to(tl.int64) * o_t + columns[None, :]
-    tl.store(pointers, o.to(O.dtype.element_ty), mask=inside[:, None] & (columns[None, :] < K))
+    pointers = OUT + start * o_t + head * o_h + i[:, None].to(tl.int64) * o_t + columns[None, :]
+    tl.store(pointers, o.to(OUT.dtype.element_ty), mask=inside[:, None] & (columns[None, :] < K))
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _delta(
-    DO, O, DELTA, tokens, do_t, do_h, o_t, o_h,
+    DO, OUT, DELTA, tokens, do_t, do_h, o_t, o_h,
     K: tl.constexpr, K2: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """The row sums of do * o, fp32."""
@@ -192,7 +192,7 @@ def _delta(
     head = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, K2)
     do = _tile(DO + head * do_h, i, columns, do_t, tokens, K, K2, True).to(tl.float32)
-    o = _tile(O + head * o_h, i, columns, o_t, tokens, K, K2, True).to(tl.float32)
+    o = _tile(OUT + head * o_h, i, columns, o_t, tokens, K, K2, True).to(tl.float32)
     tl.store(DELTA + head * tokens + i, tl.sum(do * o, 1), mask=i < tokens)
 
 
@@ -296,7 +296,7 @@ def _backward_dkv(
     GROUP: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One program: dk and dv of N keys of one key/value head, over every query head that reads it."""
+    """One program: dk and dv of N keys of one head, from every query head of its group."""
     start, length, row = _locate(cu_seqlens, count, tl.program_id(0), N, STEPS)
     if row >= length:
         return

@@ -1,16 +1,20 @@
-"""Attention as the equation says, one sequence at a time: the truth that the other backends are held against."""
+"""Attention as the equation says, one sequence at a time; the others are held against it."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .interface import Backend, Capability, Gradients, Options
-from .sequences import Sequences
+
+if TYPE_CHECKING:
+    from .sequences import Sequences
 
 
 class Reference(Backend):
-    """Any option, any device, in fp32 (fp64 for fp64 inputs). Forms one S x S matrix per head and sequence."""
+    """Any option, any device, in fp32 (fp64 for fp64). Forms S x S scores."""
 
     name = "reference"
     capability = Capability(
@@ -68,7 +72,7 @@ class Reference(Backend):
 def _scores(
     q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, start: int, stop: int, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the masked scores, the derivative of the soft cap at them, and v with its heads repeated."""
+    """Returns the masked scores, the soft cap's derivative there, and v with heads repeated."""
     repeat = q_THK.shape[1] // k_TGK.shape[1]
     q_HSK = _heads(q_THK, start, stop)
     k_HSK, v_HSK = (_heads(x, start, stop, repeat=repeat) for x in (k_TGK, v_TGK))

@@ -1,8 +1,9 @@
-"""Which tokens of a flattened batch belong together: the only thing about a batch that attention must know."""
+"""Which tokens of a flattened batch belong together: all that attention must know of a batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,10 +15,11 @@ _LARGEST = 2**31 - 1  # cu_seqlens is int32, as every attention library wants it
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sequences:
-    """How T tokens, a batch [B, S] flattened row by row, divide into sequences that attend causally to themselves.
+    """How T tokens, a batch [B, S] flattened row by row, divide into causal sequences.
 
-    Built once per batch and shared by all layers. Every token belongs to exactly one sequence: padding stays where it
-    is and forms sequences of its own, so no real token sees it, nothing is moved, and what comes out there is finite.
+    Built once per batch and shared by all layers. Every token belongs to exactly one sequence:
+    padding stays where it is and forms sequences of its own, so no real token sees it, nothing is
+    moved, and what comes out there is finite.
 
     cu_seqlens: int32 [count + 1] on the batch's device, from 0 to `tokens`, strictly increasing.
     longest: the number of tokens of the longest sequence.
@@ -35,7 +37,7 @@ class Sequences:
 
     @property
     def dense_shape(self) -> tuple[int, int] | None:
-        """(count, longest) where all sequences are equally long, so that [T, ...] is a view of a dense batch."""
+        """(count, longest) where all sequences are equally long: [T, ...] is a dense batch."""
         return (self.count, self.longest) if self.count * self.longest == self.tokens else None
 
     @property
@@ -46,7 +48,7 @@ class Sequences:
     def bounds(self) -> list[tuple[int, int]]:
         """(start, stop) of each sequence. Waits for the device; free on the CPU."""
         offsets = self.cu_seqlens.tolist()
-        return list(zip(offsets[:-1], offsets[1:], strict=True))
+        return list(pairwise(offsets))
 
     @staticmethod
     def dense(batch: int, length: int, device: torch.device | str) -> Sequences:
@@ -61,10 +63,14 @@ class Sequences:
 
     @staticmethod
     def from_padding_mask(mask_BS: Tensor) -> Sequences:
-        """Rows padded on the left, the right or both. mask_BS: non-zero where a token is real. One device wait.
+        """Rows padded on the left, the right or both. One device wait.
+
+        Args:
+            mask_BS: non-zero where a token is real.
 
         Raises:
-            UnsupportedError: a row has padding between its tokens; rows that are packed need position ids.
+            UnsupportedError: a row has padding between its tokens, as packed rows may not.
+
         """
         _check_rank(mask_BS, "attention mask")
         real_BS = mask_BS != 0
@@ -73,9 +79,9 @@ class Sequences:
         split = np.flatnonzero(starts_BS.sum(axis=1) > 1)
         if split.size:
             raise UnsupportedError(
-                f"attention mask: row {split[0]} has padding between its tokens; expected each row to be one run of "
-                "ones, with zeros before or after it. Move the padding to one side, or pack with position_ids that "
-                "restart at 0 and pass no mask."
+                f"attention mask: row {split[0]} has padding between its tokens; expected each "
+                "row to be one run of ones, with zeros before or after it. Move the padding to one "
+                "side, or pack with position_ids that restart at 0 and pass no mask."
             )
         change_BS = np.ones_like(host_BS)
         change_BS[:, 1:] = host_BS[:, 1:] != host_BS[:, :-1]
@@ -83,11 +89,11 @@ class Sequences:
 
     @staticmethod
     def from_position_ids(position_ids_BS: Tensor, *, batch: int | None = None) -> Sequences:
-        """Packed rows: a sequence begins wherever a position is not its predecessor's plus one. One device wait.
+        """Packed rows: a sequence begins where a position is not the one before plus one.
 
-        The rule is transformers' `find_packed_sequence_indices`. Plain 0, 1, 2, ... gives a dense batch. A single row
-        of ids may stand for `batch` rows, as transformers passes it. Padding that repeats a position becomes
-        sequences of one token.
+        One device wait. The rule is transformers' `find_packed_sequence_indices`. Plain 0, 1, 2,
+        ... gives a dense batch. A single row of ids may stand for `batch` rows, as transformers passes
+        it. Padding that repeats a position becomes sequences of one token.
         """
         _check_rank(position_ids_BS, "position_ids")
         rows = position_ids_BS.shape[0]
@@ -105,20 +111,22 @@ class Sequences:
     def from_cu_seqlens(cu_seqlens: Tensor, *, tokens: int) -> Sequences:
         """Offsets that a collator made: integers from 0, never falling. One device wait.
 
-        Empty sequences are dropped; tokens behind the last offset are padding, a sequence of their own.
+        Empty sequences are dropped; tokens behind the last offset are padding, a sequence too.
 
         Raises:
             DataError: the offsets do not start at 0, fall, or pass `tokens`.
+
         """
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             raise DataError(
                 f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected one dimension."
             )
         offsets = cu_seqlens.cpu().numpy()
-        if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] > tokens:
+        falls = bool((np.diff(offsets) < 0).any())
+        if offsets[0] != 0 or falls or offsets[-1] > tokens:
             raise DataError(
-                f"cu_seqlens must rise from 0 to at most {tokens}, the number of tokens in the batch; it goes from "
-                f"{offsets[0]} to {offsets[-1]}{' and falls' if (np.diff(offsets) < 0).any() else ''}."
+                f"cu_seqlens go from {offsets[0]} to {offsets[-1]}{' and fall' if falls else ''}; "
+                f"expected them to rise from 0 to at most {tokens}, the tokens of the batch."
             )
         return _from_offsets(np.append(offsets, tokens), cu_seqlens.device)
 
@@ -142,13 +150,14 @@ def _from_offsets(offsets: np.ndarray, device: torch.device) -> Sequences:
 def _check_rank(tensor: Tensor, name: str) -> None:
     if tensor.dim() != 2:
         raise UnsupportedError(
-            f"{name} has shape {tuple(tensor.shape)}; expected [batch, length]. A mask over pairs of tokens is not "
-            "supported: attention here is causal, packed or windowed."
+            f"{name} has shape {tuple(tensor.shape)}; expected [batch, length]. A mask over pairs "
+            "of tokens is not supported: attention here is causal, packed or windowed."
         )
 
 
 def _check_size(tokens: int) -> None:
     if tokens > _LARGEST:
         raise UnsupportedError(
-            f"a batch of {tokens} tokens: cu_seqlens is int32, so at most {_LARGEST} fit. Use a smaller batch."
+            f"a batch of {tokens} tokens: cu_seqlens is int32, so at most {_LARGEST} fit. Use a "
+            "smaller batch."
         )

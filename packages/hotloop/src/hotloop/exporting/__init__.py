@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,8 @@ from hotloop_core import ExportReport, ExportRequest, discover, facts_of
 from hotloop_core.errors import BrokenPluginError, ConfigError, ExportError, UnsupportedError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from hotloop_core import ExporterSpec, FamilySpec, Registry
     from hotloop_core.exporter import Contents
 

@@ -8,13 +8,14 @@ All in float32, rounded by nobody here. The live model is only read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import ExportError, UnsupportedError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     import torch
     from torch import Tensor, nn
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,12 +9,14 @@ from hotloop_core import TensorEntry
 from hotloop_core.errors import ExportError
 
 from .merging import Effective, effective_tensors
-from .places import Places
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from torch import Tensor, dtype, nn
+
+    from .places import Places
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,19 @@ Forward/backward TFLOP/s at 8 x 2048 and 1 x 32768 tokens, 32/8 heads of 128, bf
 
 from __future__ import annotations
 
-from hotloop_engine.attention.interface import Backend
+from typing import TYPE_CHECKING
+
 from hotloop_engine.attention.reference import Reference
+
 from .cudnn import Cudnn
 from .efficient import Efficient
 from .fa4 import FlashAttention4
 from .flash import Flash
 from .sdpa_cpu import SdpaCpu
 from .triton import Triton
+
+if TYPE_CHECKING:
+    from hotloop_engine.attention.interface import Backend
 
 BACKENDS: tuple[Backend, ...] = (
     FlashAttention4(),

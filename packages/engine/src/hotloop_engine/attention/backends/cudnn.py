@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from hotloop_engine.attention.interface import HALF, Backend, Capability, Gradients, Options, aligned
-from hotloop_engine.attention.sequences import Sequences
+from hotloop_engine.attention.interface import (
+    HALF,
+    Backend,
+    Capability,
+    Gradients,
+    Options,
+    aligned,
+)
+
+if TYPE_CHECKING:
+    from hotloop_engine.attention.sequences import Sequences
 
 _aten = torch.ops.aten
 

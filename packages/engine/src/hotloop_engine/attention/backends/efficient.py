@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from hotloop_engine.attention.interface import Backend, Capability, Gradients, Options, aligned
-from hotloop_engine.attention.sequences import Sequences
+
+if TYPE_CHECKING:
+    from hotloop_engine.attention.sequences import Sequences
 
 _aten = torch.ops.aten
 _CAUSAL = 1  # its number for a mask aligned at the top left of each sequence

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from hotloop_engine.attention.interface import HALF, Backend, Capability, Gradients, Options, Request, aligned, is_aligned
-from hotloop_engine.attention.sequences import Sequences
+from hotloop_engine.attention.interface import (
+    HALF,
+    Backend,
+    Capability,
+    Gradients,
+    Options,
+    Request,
+    aligned,
+    is_aligned,
+)
+
+if TYPE_CHECKING:
+    from hotloop_engine.attention.sequences import Sequences
 
 _HOPPER = (9, 0)
 

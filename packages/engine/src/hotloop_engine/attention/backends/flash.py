@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hotloop_engine.attention.interface import HALF, Backend, Capability, Gradients, Options, Request, aligned
-from hotloop_engine.attention.sequences import Sequences
+from hotloop_engine.attention.interface import (
+    HALF,
+    Backend,
+    Capability,
+    Gradients,
+    Options,
+    Request,
+    aligned,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hotloop_engine.attention.sequences import Sequences
 
 _aten = torch.ops.aten
 # Its backward for large heads needs more shared memory than these cards have.

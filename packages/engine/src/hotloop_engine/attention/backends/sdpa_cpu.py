@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from hotloop_engine.attention.interface import Backend, Capability, Gradients, Options
-from hotloop_engine.attention.sequences import Sequences
+from hotloop_engine.attention.interface import Backend, Capability, Gradients, Options, unit_stride
+
+if TYPE_CHECKING:
+    from hotloop_engine.attention.sequences import Sequences
 
 _aten = torch.ops.aten
 
@@ -36,7 +40,7 @@ class SdpaCpu(Backend):
         wide = torch.float64 if q_THK.dtype == torch.float64 else torch.float32
         lse_TH = q_THK.new_empty(q_THK.shape[:2], dtype=wide)
         for rows, shape in _batches(sequences):
-            q, k, v = (_heads_first(x[rows], shape) for x in (q_THK, k_TGK, v_TGK))
+            q, k, v = (_heads_first(unit_stride(x[rows]), shape) for x in (q_THK, k_TGK, v_TGK))
             o_BHSK, lse_BHS = _aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, True, scale=options.scale
             )
@@ -59,7 +63,8 @@ class SdpaCpu(Backend):
         targets = out or tuple(x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
         for rows, shape in _batches(sequences):
             do, q, k, v, o = (
-                _heads_first(x[rows], shape) for x in (do_THK, q_THK, k_TGK, v_TGK, o_THK)
+                _heads_first(unit_stride(x[rows]), shape)
+                for x in (do_THK, q_THK, k_TGK, v_TGK, o_THK)
             )
             found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 do, q, k, v, o, _heads_first(lse[rows], shape), 0.0, True, scale=options.scale

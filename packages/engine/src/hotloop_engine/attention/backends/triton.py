@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from hotloop_engine.attention.interface import Backend, Capability, Gradients, Options, Request
-from hotloop_engine.attention.sequences import Sequences
+from hotloop_engine.attention.interface import (
+    Backend,
+    Capability,
+    Gradients,
+    Options,
+    Request,
+    unit_stride,
+)
+
+if TYPE_CHECKING:
+    from hotloop_engine.attention.sequences import Sequences
 
 
 class Triton(Backend):
-    """Packed and dense, window, soft cap, grouped queries; deterministic, since nothing is atomic."""
+    """Packed and dense, window, soft cap, grouped queries, any strides; nothing is atomic."""
 
     name = "triton"
     capability = Capability(
@@ -53,7 +64,7 @@ class Triton(Backend):
 
         o_THK = q_THK.new_empty(q_THK.shape) if out is None else out
         lse_HT = attention_forward(
-            *(_rows(x) for x in (q_THK, k_TGK, v_TGK)), o_THK, sequences, options
+            *(unit_stride(x) for x in (q_THK, k_TGK, v_TGK)), o_THK, sequences, options
         )
         return o_THK, lse_HT
 
@@ -72,12 +83,7 @@ class Triton(Backend):
         from hotloop_engine.attention.kernel import attention_backward
 
         found = out or tuple(x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
-        inputs = (_rows(x) for x in (do_THK, q_THK, k_TGK, v_TGK, o_THK))
+        inputs = (unit_stride(x) for x in (do_THK, q_THK, k_TGK, v_TGK, o_THK))
         attention_backward(*inputs, lse, *found, sequences, options)
         dq, dk, dv = found
         return dq, dk, dv
-
-
-def _rows(x_THK: Tensor) -> Tensor:
-    """The kernels take any token and head stride but want a head's values side by side."""
-    return x_THK if x_THK.stride(2) == 1 else x_THK.contiguous()

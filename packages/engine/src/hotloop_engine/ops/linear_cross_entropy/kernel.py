@@ -30,13 +30,13 @@ LOWEST = tl.constexpr(-3.0e38)  # finite, so that a logit of -inf meets no inf -
 
 @triton.jit
 def _z_and_slope(logits, slope, inner, outer, SOFTCAP: tl.constexpr):
-    """z = outer tanh(inner logits) or slope logits, and dz / dlogits."""
+    """Returns z = outer tanh(inner logits), or slope logits, and dz / dlogits."""
     logits = logits.to(tl.float32)
     if SOFTCAP:
         x = logits * inner
         size = tl.abs(x)
         fade = tl.exp(-2 * size)
-        # Near zero 1 - exp(-2|x|) cancels, so the series of tanh takes over (next term: x^11 / 113).
+        # Near zero 1 - exp(-2|x|) cancels, and the series of tanh takes over (next: x^11 / 113).
         square = x * x
         series = 1 + square * (
             -1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))
@@ -70,7 +70,7 @@ def _write_gradient(
     ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dz = alpha p - beta onehot - gamma - dH p (log p + H), the names of derivation.md."""
+    """Writes dz = alpha p - beta onehot - gamma - dH p (log p + H), as in derivation.md."""
     alpha = dloss * (1 + 2 * z_loss * lse) - dlog_prob
     beta = dloss * (1 - smoothing) - dlog_prob
     gamma = dloss * smoothing / V
@@ -97,6 +97,8 @@ def _forward(
     lse_ptr,
     entropy_ptr,
     top1_ptr,
+    dloss_ptr,
+    dloss_stride,
     pitch,
     V,
     slope,
@@ -110,7 +112,7 @@ def _forward(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row of the equations at `CrossEntropyRows`. Statistics in fp32.
+    """One row of the equations at `CrossEntropyRows`. Statistics and dloss in fp32.
 
     logits bf16, fp16 or fp32, rows of `pitch` elements; labels int64. A label outside the
     vocabulary reads nothing and makes the row's loss NaN.
@@ -165,7 +167,7 @@ def _forward(
             label,
             lse,
             0.0,
-            1.0,
+            tl.load(dloss_ptr + row * dloss_stride),
             0.0,
             0.0,
             V,
@@ -253,7 +255,7 @@ def forward_(
     labels_T: Tensor,
     *,
     options: HeadLossOptions,
-    want_gradient: bool,
+    dloss_T: Tensor | None,
     want_entropy: bool,
 ) -> RowStatistics:
     """As `CrossEntropyRows.forward_`; bf16, fp16 and fp32."""
@@ -272,13 +274,15 @@ def forward_(
             lse,
             entropy,
             top1.view(torch.uint8),
+            lse if dloss_T is None else dloss_T,
+            0 if dloss_T is None else dloss_T.stride(0),
             logits_TV.stride(0),
             vocabulary,
             *_numbers(options),
             SOFTCAP=options.softcap is not None,
             SMOOTHING=options.label_smoothing != 0,
             ENTROPY=want_entropy,
-            GRADIENT=want_gradient,
+            GRADIENT=dloss_T is not None,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
         )

@@ -23,8 +23,9 @@ def shift_labels(
 
     Returns:
         A new tensor of the same shape. No host synchronisation.
+
     """
-    shifted_BS = torch.full_like(labels_BS, ignore_index)
+    shifted_BS = labels_BS.new_full(labels_BS.shape, ignore_index)
     shifted_BS[..., :-1] = labels_BS[..., 1:]
     if cu_seqlens_S1 is not None and labels_BS.numel():
         # An empty first sequence ends at -1, the last position, which is ignored anyway.

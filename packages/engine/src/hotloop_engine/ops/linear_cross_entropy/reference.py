@@ -21,7 +21,7 @@ def forward_(
     labels_T: Tensor,
     *,
     options: HeadLossOptions,
-    want_gradient: bool,
+    dloss_T: Tensor | None,
     want_entropy: bool,
 ) -> RowStatistics:
     """As `CrossEntropyRows.forward_`."""
@@ -44,14 +44,14 @@ def forward_(
         is_top1_T=z_TV.argmax(-1) == labels_T,
         entropy_T=entropy_T,
     )
-    if want_gradient:
+    if dloss_T is not None:
         backward_(
             logits_TV,
             labels_T,
             lse_T,
             None,
             options=options,
-            dloss_T=torch.ones_like(lse_T),
+            dloss_T=dloss_T,
             dlog_prob_T=None,
             dentropy_T=None,
         )

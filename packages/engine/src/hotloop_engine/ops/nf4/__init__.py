@@ -32,6 +32,7 @@ def dequantize_4bit(
 
     Raises:
         UnsupportedError: `out` has another shape, device, dtype or column stride.
+
     """
     if out is None:
         out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.packed.device)
@@ -60,6 +61,7 @@ def from_bitsandbytes(weight: Tensor) -> FourBitWeight:
         UnsupportedError: the weight is not quantised yet, or not to NF4 or FP4, or has another
             number of dimensions than two.
         CheckpointError: the packed data is of another size than the shape says.
+
     """
     state = getattr(weight, "quant_state", None)
     if state is None or getattr(state, "quant_type", None) not in ("nf4", "fp4"):

@@ -59,7 +59,7 @@ def backward(
     out_q: Tensor | None = None,
     out_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Returns (dq, dk, dwq, dwk): dx1 = dy1 cos1 + dy2 sin2, dx2 = dy2 cos2 - dy1 sin1, then the norms.
+    """Returns (dq, dk, dwq, dwk): dx1 = dy1 cos1 + dy2 sin2, dx2 = dy2 cos2 - dy1 sin1, then norms.
 
     cos1 and sin1 are the columns that y1 uses, cos2 and sin2 those of y2.
     """

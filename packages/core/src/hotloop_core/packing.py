@@ -1,0 +1,424 @@
+"""Packing: short rows side by side in bins of one capacity, each row still a sequence of its own.
+
+    packing = pack([len(row) for row in rows], capacity=2048)
+    for bin in packing:
+        batch = PackedBatch.from_rows([rows[piece.row][piece.start : piece.stop] for piece in bin])
+
+Best-fit decreasing, O(n log n): an item goes into the fullest bin that takes it. All items of one
+length, and all bins with the same room, are handled together, which changes nothing in the result
+(a bin that has just taken an item of length l is the fullest that takes l, while it does).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+
+from hotloop_core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    Integers = NDArray[np.int64]
+
+Row = TypeVar("Row")
+Overlong = Literal["error", "cut", "split"]
+"""Rows longer than a bin are refused, cut at its capacity, or split into documents of their own."""
+
+MASKED = -100
+"""The label that a loss ignores."""
+
+
+class Piece(NamedTuple):
+    """Tokens `start` to `stop` of a row; a whole row unless it was cut or split."""
+
+    row: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packing:
+    """Which pieces lie in which bin. A sequence of bins, each a list of `Piece`.
+
+    rows, starts, stops: int64 [P], one entry a piece, in the order of the bins.
+    bounds: int64 [bins + 1]; bin b holds the pieces bounds[b] to bounds[b + 1].
+    rows_overlong, tokens_dropped: rows longer than the capacity, and what cutting them lost.
+    least_bins: no packing of these pieces needs fewer bins.
+    """
+
+    capacity: int
+    rows: Integers
+    starts: Integers
+    stops: Integers
+    bounds: Integers
+    rows_overlong: int
+    tokens_dropped: int
+    least_bins: int
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, index: int) -> list[Piece]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"bin {index} of {len(self)}")
+        index %= len(self)
+        span = slice(int(self.bounds[index]), int(self.bounds[index + 1]))
+        columns = (self.rows[span], self.starts[span], self.stops[span])
+        return [Piece(*piece) for piece in zip(*(c.tolist() for c in columns), strict=True)]
+
+    def __iter__(self) -> Iterator[list[Piece]]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def bin_tokens(self) -> Integers:
+        """The tokens in each bin, int64 [bins]."""
+        import numpy as np
+
+        ends = np.concatenate([[0], np.cumsum(self.stops - self.starts)])
+        return np.diff(ends[self.bounds])
+
+    @property
+    def tokens(self) -> int:
+        """All tokens in all bins."""
+        return int((self.stops - self.starts).sum())
+
+    @property
+    def utilisation(self) -> float:
+        """The share of the bins' places that hold a token."""
+        return self.tokens / (self.capacity * len(self)) if len(self) else 1.0
+
+    @property
+    def rows_per_bin(self) -> float:
+        """Pieces in a bin, on average."""
+        return len(self.rows) / len(self) if len(self) else 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.rows)} rows in {len(self)} bins of {self.capacity} (at least "
+            f"{self.least_bins} are needed): {self.utilisation:.2%} used, {self.rows_per_bin:.1f} "
+            f"rows a bin, {self.rows_overlong} rows too long, {self.tokens_dropped} tokens dropped"
+        )
+
+    def split(self, ranks: int, *, seed: int = 0) -> list[Packing]:
+        """One packing for each process: as many bins each, and at each step about as many tokens.
+
+        Where the bins do not divide by `ranks`, the bins of most pieces are halved until they do.
+        Bins are put together by size into steps, and the steps shuffled.
+
+        Raises:
+            DataError: fewer pieces than ranks are left to give every rank a bin.
+
+        """
+        import numpy as np
+
+        if ranks < 1:
+            raise ConfigError(f"ranks={ranks}; expected at least 1.")
+        bounds = self.bounds.tolist()
+        extra = -len(self) % ranks
+        if len(self) + extra > len(self.rows):
+            raise DataError(
+                f"{len(self.rows)} rows cannot give {ranks} processes equally many bins; train "
+                "with fewer processes or more rows."
+            )
+        for _ in range(extra):
+            at = max(range(len(bounds) - 1), key=lambda b: bounds[b + 1] - bounds[b])
+            bounds.insert(at + 1, (bounds[at] + bounds[at + 1]) // 2)
+        halved = self._with_bins(bounds, range(len(bounds) - 1))
+        by_size = np.argsort(-halved.bin_tokens, kind="stable").reshape(-1, ranks)
+        by_size[1::2] = by_size[1::2, ::-1]  # the larger of a step falls to each rank in turn
+        by_size = by_size[np.random.default_rng(seed).permutation(len(by_size))]
+        return [halved._with_bins(bounds, by_size[:, rank].tolist()) for rank in range(ranks)]
+
+    def _with_bins(self, bounds: Sequence[int], order: Iterable[int]) -> Packing:
+        import numpy as np
+
+        spans = [(bounds[b], bounds[b + 1]) for b in order]
+        take = np.concatenate([np.arange(0), *(np.arange(*span) for span in spans)])
+        return _packing(
+            self.capacity,
+            (self.rows[take], self.starts[take], self.stops[take]),
+            np.cumsum([0, *(stop - start for start, stop in spans)]),
+            self.rows_overlong,
+            self.tokens_dropped,
+        )
+
+
+def pack(
+    lengths: Sequence[int] | Integers,
+    capacity: int,
+    *,
+    seed: int = 0,
+    overlong: Overlong = "error",
+) -> Packing:
+    """Packs rows of these lengths into bins. The same arguments give the same packing.
+
+    The seed decides which of equally long rows meet, and the order of the bins.
+
+    Raises:
+        ConfigError: the capacity is not positive, or `overlong` none of its three values.
+        DataError: a row is empty, or longer than the capacity under overlong="error".
+
+    """
+    import numpy as np
+
+    _check(capacity, overlong)
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if sizes.size and sizes.min() < 1:
+        where = int(np.flatnonzero(sizes < 1)[0])
+        raise DataError(f"row {where} has {sizes[where]} tokens; expected at least 1. Drop it.")
+    over = sizes > capacity
+    rows = np.arange(sizes.size)
+    starts = np.zeros_like(sizes)
+    dropped = 0
+    if over.any():
+        if overlong == "error":
+            raise DataError(
+                f"{over.sum()} rows are longer than {capacity} tokens, the longest (row "
+                f"{sizes.argmax()}) has {sizes.max()}. Raise the capacity (max_seq_len), or pass "
+                'overlong="cut" or overlong="split".'
+            )
+        if overlong == "cut":
+            dropped = int((sizes - capacity)[over].sum())
+            sizes = np.minimum(sizes, capacity)
+        else:
+            counts = -(-sizes // capacity)
+            rows = np.repeat(rows, counts)
+            within = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
+            starts = within * capacity
+            sizes = np.minimum(sizes[rows] - starts, capacity)
+    random = np.random.default_rng(seed)
+    shuffled = random.permutation(sizes.size)
+    order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
+    bins, count = _best_fit(sizes[order], capacity)
+    bins = random.permutation(count)[bins]
+    by_bin = np.argsort(bins, kind="stable")
+    order = order[by_bin]
+    bounds = np.searchsorted(bins[by_bin], np.arange(count + 1))
+    pieces = (rows[order], starts[order], starts[order] + sizes[order])
+    return _packing(capacity, pieces, bounds, int(over.sum()), dropped)
+
+
+def pack_stream(
+    rows: Iterable[Row],
+    capacity: int,
+    *,
+    length: Callable[[Row], int] = len,  # type: ignore[assignment]
+    buffer: int = 4096,
+    seed: int = 0,
+    overlong: Overlong = "error",
+) -> Iterator[list[tuple[Piece, Row]]]:
+    """Packs rows as they come, holding at most `buffer` of them; yields a bin at a time.
+
+    When the buffer is full it is packed, the fuller half of the bins goes out, and the rows of the
+    others wait for better company. `Piece.row` counts the rows of the stream from 0.
+
+    Raises:
+        ConfigError: as `pack`, or a buffer of less than 1.
+        DataError: as `pack`.
+
+    """
+    import numpy as np
+
+    _check(capacity, overlong)
+    if buffer < 1:
+        raise ConfigError(f"buffer={buffer}; expected at least 1 row.")
+    waiting: list[tuple[Piece, Row]] = []
+
+    def packed(everything: bool) -> Iterator[list[tuple[Piece, Row]]]:
+        packing = pack([piece.stop - piece.start for piece, _ in waiting], capacity, seed=seed)
+        fullest = np.argsort(-packing.bin_tokens, kind="stable").tolist()
+        out = fullest if everything else fullest[: (len(fullest) + 1) // 2]
+        bins = [[waiting[piece.row] for piece in packing[index]] for index in out]
+        kept = sorted(piece.row for index in fullest[len(out) :] for piece in packing[index])
+        waiting[:] = [waiting[index] for index in kept]
+        yield from bins
+
+    for number, row in enumerate(rows):
+        alone = pack([length(row)], capacity, overlong=overlong)
+        waiting.extend((Piece(number, p.start, p.stop), row) for (p,) in alone)
+        if len(waiting) >= buffer:
+            yield from packed(everything=False)
+    if waiting:
+        yield from packed(everything=True)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PackedBatch:
+    """Rows laid end to end; T tokens in all. Tensors are on the CPU.
+
+    input_ids, labels, position_ids: int64 [T]; positions restart at 0 with each row; the first
+        label of each row is `MASKED`, since the token before it belongs to another row.
+    cu_seqlens: int32 [rows + 1], where each row begins, and T.  longest: tokens of the longest row.
+    row_ids: int64 [T], which of the rows each token came from; -1 for padding.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor
+    cu_seqlens: Tensor
+    longest: int
+    row_ids: Tensor
+
+    @staticmethod
+    def from_rows(
+        rows: Sequence[Sequence[int]],
+        labels: Sequence[Sequence[int]] | None = None,
+        *,
+        length: int | None = None,
+        pad_id: int = 0,
+    ) -> PackedBatch:
+        """Lays the rows end to end, without padding unless a `length` is asked for.
+
+        Padding comes last, as one more sequence whose labels are all masked. Labels default to the
+        ids; they are those of the same tokens, not shifted, as transformers expects them.
+
+        Raises:
+            DataError: no rows, an empty row, labels that do not fit, or more tokens than `length`.
+
+        """
+        import torch
+
+        sizes = [len(row) for row in rows]
+        if not sizes or min(sizes) < 1:
+            raise DataError(
+                f"rows of {sizes} tokens; expected one row or more, none of them empty."
+            )
+        if labels is not None and [len(row) for row in labels] != sizes:
+            raise DataError(
+                f"labels of {[len(row) for row in labels]} tokens for rows of {sizes}; expected "
+                "one label a token."
+            )
+        total = sum(sizes)
+        padding = 0 if length is None else length - total
+        if padding < 0:
+            raise DataError(f"{total} tokens do not fit into a batch of {length}.")
+        ids = [token for row in rows for token in row] + [pad_id] * padding
+        targets = [target for row in labels or rows for target in row] + [MASKED] * padding
+        spans = sizes + ([padding] if padding else [])
+        sizes_S = torch.tensor(spans)
+        starts_S = sizes_S.cumsum(0) - sizes_S
+        labels_T = torch.tensor(targets)
+        labels_T[starts_S] = MASKED
+        row_ids_T = torch.repeat_interleave(torch.arange(len(spans)), sizes_S)
+        return PackedBatch(
+            input_ids=torch.tensor(ids),
+            labels=labels_T,
+            position_ids=torch.arange(len(ids)) - starts_S[row_ids_T],
+            cu_seqlens=torch.cat([starts_S, torch.tensor([len(ids)])]).to(torch.int32),
+            longest=max(spans),
+            row_ids=row_ids_T.where(row_ids_T < len(sizes), -1),
+        )
+
+    def model_inputs(self) -> dict[str, Tensor | int]:
+        """Keyword arguments for a transformers model's forward, as one row [1, T]."""
+        return {
+            "input_ids": self.input_ids[None],
+            "labels": self.labels[None],
+            "position_ids": self.position_ids[None],
+            "cu_seq_lens_q": self.cu_seqlens,
+            "cu_seq_lens_k": self.cu_seqlens,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+        }
+
+
+def _check(capacity: int, overlong: str) -> None:
+    if capacity < 1:
+        raise ConfigError(f"capacity={capacity}; expected at least 1 token.")
+    if overlong not in ("error", "cut", "split"):
+        raise ConfigError(f'overlong={overlong!r}; expected "error", "cut" or "split".')
+
+
+def _best_fit(falling: Integers, capacity: int) -> tuple[Integers, int]:
+    """The bin of each item, for items from the longest to the shortest, and how many bins."""
+    import numpy as np
+
+    assigned = np.empty(falling.size, dtype=np.int64)
+    with_room: dict[int, list[int]] = {}  # the bins that have so much room left
+    rooms: list[int] = []  # its keys, rising
+    count = item = 0
+
+    def give(bins: list[int], room: int) -> None:
+        if not room or not bins:
+            return
+        if room in with_room:
+            with_room[room] += bins
+        else:
+            with_room[room] = bins
+            insort(rooms, room)
+
+    values, numbers = np.unique(-falling, return_counts=True)
+    for size, left in zip((-values).tolist(), numbers.tolist(), strict=True):
+        while left:
+            at = bisect_left(rooms, size)
+            if at == len(rooms):
+                opened = -(-left // (capacity // size))
+                give(list(range(count, count + opened)), capacity)
+                count += opened
+                continue
+            room = rooms[at]
+            bins = with_room[room]
+            each = room // size  # a bin takes so many before the next fullest has its turn
+            number = min(len(bins), -(-left // each))
+            taken = bins[-number:]
+            del bins[-number:]
+            if not bins:
+                del with_room[room], rooms[at]
+            used = min(left, number * each)
+            assigned[item : item + used] = np.repeat(taken, each)[:used]
+            spare = number * each - used  # items that the last bin could still have taken
+            give(taken if not spare else taken[:-1], room - each * size)
+            give(taken[-1:] if spare else [], room - (each - spare) * size)
+            item += used
+            left -= used
+    return assigned, count
+
+
+def _least_bins(sizes: Integers, capacity: int) -> int:
+    """Martello and Toth's bound L2 (1990, section 8.3), over every threshold at once.
+
+    For a threshold a up to half the capacity, items longer than capacity - a fit with nothing that
+    is at least a, those over half need a bin each, and the rest of size a and more can only use
+    what these leave free.
+    """
+    import numpy as np
+
+    if not sizes.size:
+        return 0
+    counts = np.bincount(sizes, minlength=capacity + 1)
+    number = np.concatenate([[0], np.cumsum(counts)])  # number[x]: items shorter than x
+    tokens = np.concatenate([[0], np.cumsum(counts * np.arange(capacity + 1))])
+    half = capacity // 2
+    a = np.arange(half + 1)
+    large = number[-1] - number[capacity - a + 1]
+    middle = number[capacity - a + 1] - number[half + 1]
+    room = middle * capacity - (tokens[capacity - a + 1] - tokens[half + 1])
+    small = tokens[half + 1] - tokens[a]
+    more = np.maximum(0, -(-(small - room) // capacity))
+    return int((large + middle + more).max())
+
+
+def _packing(
+    capacity: int,
+    pieces: tuple[Integers, Integers, Integers],
+    bounds: Integers,
+    rows_overlong: int,
+    tokens_dropped: int,
+) -> Packing:
+    rows, starts, stops = pieces
+    return Packing(
+        capacity=capacity,
+        rows=rows,
+        starts=starts,
+        stops=stops,
+        bounds=bounds,
+        rows_overlong=rows_overlong,
+        tokens_dropped=tokens_dropped,
+        least_bins=_least_bins(stops - starts, capacity),
+    )

@@ -1,0 +1,269 @@
+"""Loss and log-probabilities from hidden states and the head, never the logits of all tokens.
+
+Chunks of trained tokens go through one reused tile of logits: z = h W^T by cuBLAS, softmax
+statistics and dlogits in place by `CrossEntropyRows`, dh = dlogits W by cuBLAS.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from hotloop_core.errors import ConfigError, UnsupportedError
+from hotloop_core.kernels import HeadLossOptions
+
+from hotloop_engine.ops._select import implementation
+from hotloop_engine.ops.linear_cross_entropy.function import HeadLoss, HeadWork, run_forward
+from hotloop_engine.ops.linear_cross_entropy.labels import TrainedRows, shift_labels
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "HeadLossOptions",
+    "TokenLosses",
+    "TrainedRows",
+    "linear_cross_entropy",
+    "linear_log_probs",
+    "shift_labels",
+]
+
+TILE_BYTES = 512 * 2**20
+"""The most that the tile of logits takes. 2,048 tokens of a vocabulary of 128,256 in 16 bit: enough
+rows for GEMMs at their full rate, and well under 1 GiB with what lies beside it."""
+
+ROW_MULTIPLE = 128
+"""Chunks are multiples of this where they can be: the height of a GEMM's own tiles."""
+
+DEFAULT = HeadLossOptions()
+
+
+class TokenLosses(NamedTuple):
+    """One value per label, in the labels' shape, zero (False) where the label is ignored.
+
+    loss, log_prob: fp32 (fp64 inputs: fp64), in nats. entropy: the same, None where not asked for.
+    is_top1: bool, whether the label is the first of the largest logits.
+    """
+
+    loss: Tensor
+    log_prob: Tensor
+    entropy: Tensor | None
+    is_top1: Tensor
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    options: HeadLossOptions = DEFAULT,
+    num_items: Tensor | int | None = None,
+    rows: TrainedRows | None = None,
+    chunk_tokens: int | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """Sum of the token losses of h W^T + b, divided; the equations stand at `CrossEntropyRows`.
+
+    The gradient is made beside the loss, unscaled, and multiplied in backward: two GEMMs, three
+    where the head trains (whose gradient is summed in fp32: 4 V D bytes), none beyond the first
+    under `no_grad`. A second backward raises.
+
+    Args:
+        hidden: (..., D), any float dtype, rows of any stride.
+        weight: (V, D), hidden's dtype or fp32. Under autocast both are cast as `F.linear` would;
+            otherwise an fp32 head is cast to hidden's dtype, which takes a copy of it.
+        labels: (...), int64, already shifted (`shift_labels`). Ignored rows never reach a GEMM. A
+            label outside the vocabulary raises on CPU and makes the loss NaN on CUDA.
+        bias: (V,).
+        options: ignore_index, label smoothing, soft cap, scale, z-loss, temperature.
+        num_items: what the sum is divided by: the labels of the whole accumulation window, as
+            Trainer counts them; a 0-d tensor is never read on the host. None: the labels of this
+            call, and then the loss of no label at all is NaN, as `F.cross_entropy`'s.
+        rows: which rows are trained, where the caller has begun to count them; None counts here,
+            which stops the host once for a number from the device.
+        chunk_tokens: the most tokens in one tile; None: what fits into `TILE_BYTES`.
+        impl: "triton", "reference" or a plugin's; None lets the device decide.
+
+    Returns:
+        A 0-d tensor of its own, fp32 (fp64 inputs: fp64).
+
+    Raises:
+        UnsupportedError: shapes, dtypes or devices that do not go together.
+        ConfigError: `chunk_tokens` below 1, or `rows` of other labels.
+        GradientError: backward reached it a second time.
+
+    """
+    losses, count = _token_losses(
+        hidden, weight, labels, bias, options, rows, chunk_tokens, impl, uniform=True
+    )
+    total = losses.loss.sum()
+    if num_items is None:
+        return total / count
+    return total / (
+        num_items.to(total.device) if isinstance(num_items, torch.Tensor) else num_items
+    )
+
+
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    options: HeadLossOptions = DEFAULT,
+    entropy: bool = False,
+    entropy_gradient: bool = False,
+    rows: TrainedRows | None = None,
+    chunk_tokens: int | None = None,
+    impl: str | None = None,
+) -> TokenLosses:
+    """Loss, log-probability, entropy and is-top-1 of every label, each with its own gradient.
+
+    Where the head is frozen, the loss is just -log_prob and the entropy needs no gradient, the
+    gradient is made beside the loss (two GEMMs, and a second backward raises); otherwise backward
+    makes the logits again (three GEMMs, four where the head trains).
+
+    Args:
+        hidden: (..., D); this and all that is not listed here as in `linear_cross_entropy`.
+        weight: (V, D).
+        labels: (...), int64.
+        bias: (V,).
+        options: temperature and the rest.
+        entropy: whether to return the entropy of each trained position.
+        entropy_gradient: whether it can be differentiated; needs `entropy`.
+        rows: which rows are trained.
+        chunk_tokens: the most tokens in one tile.
+        impl: which implementation runs.
+
+    Raises:
+        UnsupportedError, GradientError: as in `linear_cross_entropy`.
+        ConfigError: the same, or `entropy_gradient` without `entropy`.
+
+    """
+    if entropy_gradient and not entropy:
+        raise ConfigError("entropy_gradient=True needs entropy=True; pass both or neither.")
+    losses, _ = _token_losses(
+        hidden,
+        weight,
+        labels,
+        bias,
+        options,
+        rows,
+        chunk_tokens,
+        impl,
+        entropy=entropy,
+        entropy_gradient=entropy_gradient,
+    )
+    return losses
+
+
+def _token_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    options: HeadLossOptions,
+    rows: TrainedRows | None,
+    chunk_tokens: int | None,
+    impl: str | None,
+    *,
+    uniform: bool = False,
+    entropy: bool = False,
+    entropy_gradient: bool = False,
+) -> tuple[TokenLosses, int]:
+    """The token losses, and how many labels have one.
+
+    `uniform` promises that backward will bring one number for all losses and none for the rest.
+    """
+    dtype = _compute_dtype(hidden, weight, bias, labels)
+    rows = TrainedRows(labels, ignore_index=options.ignore_index) if rows is None else rows
+    if rows.total != labels.numel():
+        raise ConfigError(
+            f"rows were counted on {rows.total} labels, this call has {labels.numel()}; count the "
+            "labels that you pass."
+        )
+    train_hidden, train_weight, train_bias = (
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in (hidden, weight, bias)
+    )
+    if not (train_hidden or train_weight or train_bias):
+        gradient = "none"
+    elif uniform or not (train_weight or train_bias or entropy_gradient or not options.loss_is_nll):
+        gradient = "forward"
+    else:
+        gradient = "backward"
+    work = HeadWork(
+        ops=implementation("linear_cross_entropy", hidden.device, impl),
+        options=options,
+        rows=rows,
+        chunk_tokens=_chunk_tokens(rows.count, weight.shape[0], dtype, chunk_tokens),
+        dtype=dtype,
+        entropy=entropy,
+        gradient=gradient,
+        train_hidden=train_hidden,
+        train_weight=train_weight,
+        train_bias=train_bias,
+    )
+    arguments = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), work)
+    if gradient == "none":
+        with torch.no_grad():
+            outputs, _, _ = run_forward(*arguments)
+    else:
+        outputs = HeadLoss.apply(*arguments)
+        if entropy and not entropy_gradient:
+            outputs = (*outputs[:2], outputs[2].detach(), outputs[3])
+    shaped = (None if output is None else output.reshape(labels.shape) for output in outputs)
+    return TokenLosses(*shaped), rows.count
+
+
+def _compute_dtype(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+) -> torch.dtype:
+    """The dtype of the GEMMs; refuses operands that do not go together."""
+    operands = (weight,) if bias is None else (weight, bias)
+    shapes_fit = (
+        weight.dim() == 2
+        and hidden.shape[-1:] == weight.shape[1:]
+        and hidden.shape[:-1] == labels.shape
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+    same_device = all(t.device == hidden.device for t in (*operands, labels))
+    if not shapes_fit or not same_device or labels.dtype != torch.int64:
+        found = ", ".join(
+            f"{name} {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')} on {t.device}"
+            for name, t in (
+                ("hidden", hidden),
+                ("weight", weight),
+                ("bias", bias),
+                ("labels", labels),
+            )
+            if t is not None
+        )
+        raise UnsupportedError(
+            f"found {found}; expected hidden (..., D), weight (V, D), bias (V,) and int64 labels "
+            "(...), all on one device."
+        )
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    for tensor in operands:
+        if tensor.dtype not in (hidden.dtype, torch.float32):
+            raise UnsupportedError(
+                f"the head is {tensor.dtype}, the hidden states are {hidden.dtype}; without "
+                "autocast the head must have the same dtype or fp32. Cast one of them."
+            )
+    return hidden.dtype
+
+
+def _chunk_tokens(count: int, vocabulary: int, dtype: torch.dtype, asked: int | None) -> int:
+    """Tokens in a tile: the most that fit, shared out evenly over as few chunks as that allows."""
+    if asked is not None:
+        if asked < 1:
+            raise ConfigError(f"chunk_tokens is {asked}; expected at least 1, or None.")
+        return asked
+    most = max(1, TILE_BYTES // (max(1, vocabulary) * dtype.itemsize))
+    if most >= ROW_MULTIPLE:
+        most -= most % ROW_MULTIPLE
+    even = -(-count // max(1, -(-count // most)))
+    return max(1, min(most, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE))

@@ -1,0 +1,139 @@
+"""What is wrong with a checkpoint, found before and after its tensors are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hotloop_core.errors import CheckpointError, ConfigError
+
+from .source import refuse_pickles
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from hotloop_core import ModelFacts
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model folder, each one's header checked against its length.
+
+    Raises:
+        SecurityError: the weights are pickled. CheckpointError: a shard is missing, or truncated.
+
+    """
+    from safetensors import SafetensorError, safe_open
+
+    refuse_pickles(directory)
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    files = [directory / name for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{directory} lacks {_some(missing)} of its {len(files)} weight files; copy or download it again"
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file} is truncated or no safetensors file ({error}); copy or download it again"
+            ) from error
+    return files
+
+
+def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of safetensors files, one at a time."""
+    from safetensors import safe_open
+
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield name, tensors.get_tensor(name)
+
+
+def require_finite(tensors: Iterable[tuple[str, Tensor]], device: torch.device, what: str) -> None:
+    """Raises CheckpointError, naming tensors, where one holds NaN or infinity.
+
+    The largest and the smallest element tell: NaN passes through both. One pass over the weights, on the device they go
+    to; before quantisation, which would hide it.
+    """
+    import torch
+
+    bad: list[str] = []
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if tensor.element_size() == 1:  # float8 has no reductions
+            tensor = tensor.float()
+        low, high = torch.aminmax(tensor.detach().to(device))
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            bad.append(name)
+    if bad:
+        raise CheckpointError(
+            f"{what}: {len(bad)} tensors hold NaN or infinity: {_some(bad)}. Training cannot recover from that; "
+            "take an earlier checkpoint."
+        )
+
+
+def require_complete(info: Mapping[str, Any], what: str) -> None:
+    """Raises CheckpointError, naming tensors, where transformers' loading report is not clean."""
+    problems = [
+        f"{title}: {_some(sorted(str(k) if isinstance(k, str) else f'{k[0]} {tuple(k[1])} for {tuple(k[2])}' for k in keys))}"
+        for key, title in (
+            ("missing_keys", "missing"),
+            ("unexpected_keys", "not of this model"),
+            ("mismatched_keys", "of another shape"),
+            ("error_msgs", "failed"),
+        )
+        if (keys := info.get(key))
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{what} does not hold this model's tensors; {'; '.join(problems)}. Check that config.json and the weights "
+            "belong together."
+        )
+
+
+def require_vocabulary(tokenizer: PreTrainedTokenizerBase, facts: ModelFacts, what: str) -> None:
+    """Raises ConfigError where the tokenizer has ids that the embedding has no row for."""
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= facts.vocab_size:
+        raise ConfigError(
+            f"{what}: the tokenizer's highest id is {highest:,}, the embedding has {facts.vocab_size:,} rows. Use the "
+            "model's own tokenizer, or resize the embedding (model.resize_token_embeddings) and save it first."
+        )
+
+
+def require_length(max_seq_len: int, facts: ModelFacts, scaled: Mapping[str, Any] | None) -> None:
+    """Raises ConfigError where sequences are asked for that the model cannot position."""
+    if max_seq_len < 1:
+        raise ConfigError(f"max_seq_len={max_seq_len}; expected at least 1")
+    limit = positions(facts, scaled)
+    if max_seq_len > limit:
+        raise ConfigError(
+            f"max_seq_len={max_seq_len:,} is beyond the {limit:,} positions of this model. Lower it, or ask for rope "
+            f"scaling: rope_scaling={{'rope_type': 'yarn', 'factor': {-(-max_seq_len // facts.max_positions)}.0}}."
+        )
+
+
+def positions(facts: ModelFacts, scaled: Mapping[str, Any] | None) -> int:
+    """Tokens that a sequence may have: the config's, or the original ones times the scaling factor."""
+    rope = {**facts.rope, **(scaled or {})}
+    original = rope.get("original_max_position_embeddings") or facts.max_positions
+    return max(facts.max_positions, int(original * float(rope.get("factor") or 1.0)))
+
+
+def _some(names: Iterable[str], limit: int = 5) -> str:
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,298 @@
+"""`load`: a name becomes a model whose every tensor was checked and sits on its device, and its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hotloop_core import FamilySpec, discover, facts_of
+from hotloop_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceMemoryError,
+    SecurityError,
+    UnsupportedError,
+)
+
+from . import checks
+from .quantize import nf4_config, quantize_, require_bits, set_compute_dtype
+from .source import Hub, Source, fetch, locate
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from hotloop.planner.make import Placements
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    *,
+    bits: int = 4,
+    dtype: torch.dtype | str | None = None,
+    max_seq_len: int = 2048,
+    vram: str | int | None = None,
+    family: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn: str | None = None,
+    wire: bool = True,
+    device: str | torch.device | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    rope_scaling: Mapping[str, Any] | None = None,
+    full_finetuning: bool = False,
+    placements: Placements | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a model for training, checks it and wires it.
+
+    Args:
+        name_or_path: a folder, a `.gguf` file, a PEFT adapter's folder (its base is loaded, the adapter put on it,
+            trainable), a hub id "owner/model", or a GGUF on the hub "owner/model/file.gguf".
+        bits: 4: the decoder layers' projections in NF4 with double quantisation, the rest in `dtype`. 16: all in `dtype`.
+        dtype: default bf16 where the card has it, else fp16; fp32 on a CPU, where 16-bit arithmetic is slow.
+        max_seq_len: tokens of the longest sequence; the plan is made for one of them, and the tokenizer gets it as
+            `model_max_length`.
+        vram: budget for the plan, as `hotloop.plan` takes it. family: which one, where several plugins claim the model.
+        trust_remote_code: run Python code that comes with the model. token, revision, local_files_only: for the hub.
+        attn: transformers' attention implementation for the paths that are not wired; its default otherwise.
+        wire: wire the model (`hotloop.wiring.receipt_of(model)` has the receipt). device: default the card, else the CPU.
+        rope_scaling: rope parameters put over the config's, for sequences beyond its positions.
+        full_finetuning: every weight trains (bits=16). Otherwise all are frozen, for `add_lora`.
+        placements: fixed choices for the plan.
+
+    The model's `use_cache` is off, as training needs it; `generate` still uses its cache.
+
+    Raises:
+        NoFamilyError: no installed plugin handles it (told before any weight is read).
+        SecurityError: pickled weights, or code that was not asked for.
+        CheckpointError: missing, truncated, surplus or non-finite tensors.
+        ConfigError: arguments, config, tokenizer and weights that do not go together.
+        BudgetError: nothing fits `vram`; names the least that would do.
+
+    """
+    import torch
+
+    from hotloop.planner import plan
+
+    if bits not in (4, 16):
+        raise ConfigError(
+            f"bits={bits}; expected 4 (NF4) or 16 (for fp32: bits=16, dtype=torch.float32)"
+        )
+    if full_finetuning and bits == 4:
+        raise ConfigError("4-bit weights cannot train; pass bits=16 for full_finetuning")
+    hub = Hub(revision=revision, token=token, local_files_only=local_files_only)
+    source = locate(name_or_path, hub)
+    spec = discover().match(source.config, family=family)
+    _refuse_remote_code(source, trust_remote_code)
+    stored_in_4bit = require_bits(source.config, bits)
+    source = fetch(source, hub, remote_code=trust_remote_code)
+    files = checks.weight_files(source.directory) if source.gguf is None else []
+    config = _config(source, trust_remote_code, rope_scaling)
+    facts = facts_of(spec, config.to_dict())
+    checks.require_length(max_seq_len, facts, rope_scaling)
+    where = _device(device)
+    dtype = _dtype(dtype, where)
+    tokenizer = _tokenizer(source, trust_remote_code, max_seq_len)
+    checks.require_vocabulary(tokenizer, facts, source.name)
+    planned = None
+    if wire or vram is not None or placements is not None:
+        planned = plan(
+            facts,
+            tokens=max_seq_len,
+            vram=vram,
+            bits=bits,
+            dtype=dtype,
+            full_finetuning=full_finetuning,
+            placements=placements,
+        )
+    if not stored_in_4bit:
+        checks.require_finite(checks.stored_tensors(files), where, source.name)
+    try:
+        model = _model(
+            source, spec, config, bits, dtype, where, attn, stored_in_4bit, trust_remote_code
+        )
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"out of device memory while loading {source.name}. {planned or ''}\nClose what else uses the card, load "
+            f"with bits=4, or choose a smaller model. ({error})"
+        ) from error
+    model.config.use_cache = False
+    model.requires_grad_(full_finetuning)
+    if source.adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(source.adapter), is_trainable=True)
+        if planned is not None:
+            planned = plan(model, tokens=max_seq_len, vram=vram, placements=placements)
+    if wire:
+        from hotloop.wiring import wire as wire_model
+
+        wire_model(model, planned, family=family)
+    return model, tokenizer
+
+
+def _refuse_remote_code(source: Source, trusted: bool) -> None:
+    if trusted or not source.config.get("auto_map"):
+        return
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if source.config.get("model_type") not in CONFIG_MAPPING_NAMES:
+        raise SecurityError(
+            f"{source.name} runs Python code of its own ({', '.join(sorted(source.config['auto_map']))} in its "
+            "config.json). Read that code, then pass trust_remote_code=True."
+        )
+
+
+def _config(
+    source: Source, trust_remote_code: bool, rope_scaling: Mapping[str, Any] | None
+) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    if source.gguf is None:
+        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
+    else:
+        values = dict(source.config)
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+    if rope_scaling is not None:
+        config.rope_parameters = {**config.rope_parameters, **rope_scaling}
+        config.standardize_rope_params()
+        config.validate_rope()
+    return config
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    import torch
+
+    present = torch.cuda.is_available()
+    chosen = torch.device(device or ("cuda" if present else "cpu"))
+    if chosen.type not in ("cuda", "cpu"):
+        raise UnsupportedError(f"device {str(chosen)!r}: Hotloop runs on 'cuda' and on 'cpu'")
+    if chosen.type == "cuda" and not present:
+        raise UnsupportedError(
+            f"device {str(chosen)!r} was asked for, but torch {torch.__version__} sees no CUDA device. Install a CUDA "
+            "build of torch and check the driver (`hotloop doctor`), or pass device='cpu'."
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
+
+
+def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    import torch
+
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), None) or dtype
+    if dtype is None:
+        if device.type == "cpu":
+            return torch.float32
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else torch.float16
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ConfigError(f"dtype={dtype!r}; expected bfloat16, float16, float32 or None")
+    return dtype
+
+
+def _tokenizer(
+    source: Source, trust_remote_code: bool, max_seq_len: int
+) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    from .gguf import fix_tokenizer
+
+    own = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
+    directory = source.adapter if own else source.directory
+    extra = {} if source.gguf is None or own else {"gguf_file": source.gguf}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(directory), trust_remote_code=trust_remote_code, **extra
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory}: its tokenizer cannot be read: {error}") from error
+    if extra:
+        fix_tokenizer(tokenizer.backend_tokenizer, source.directory / str(source.gguf))
+    tokenizer.model_max_length = max_seq_len
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = _padding(tokenizer)
+    return tokenizer
+
+
+def _padding(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A token to pad with that is in the vocabulary already: a reserved one, so that EOS is still learnt, else EOS."""
+    vocabulary = tokenizer.get_vocab()
+    reserved = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
+    spare = [t for t in reserved if t in vocabulary and t != tokenizer.eos_token]
+    if not spare and tokenizer.eos_token is None:
+        raise ConfigError(
+            "the tokenizer has neither a padding token nor an end-of-sequence token; add one, resize the embedding and "
+            "save the model first"
+        )
+    return spare[0] if spare else tokenizer.eos_token
+
+
+def _model(
+    source: Source,
+    spec: FamilySpec,
+    config: PreTrainedConfig,
+    bits: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn: str | None,
+    stored_in_4bit: bool,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "output_loading_info": True,
+        "trust_remote_code": trust_remote_code,
+    }
+    if attn is not None:
+        options["attn_implementation"] = attn
+    if source.gguf is not None:
+        options |= _gguf_options(source.gguf)
+    else:
+        # Tensors of another shape are then reported, with the missing and surplus ones, in one error of ours.
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
+        if bits == 4 and not stored_in_4bit:
+            options["quantization_config"] = nf4_config(dtype)
+    quantise_later = bits == 4 and source.gguf is not None
+    if device.type != "cpu" and not quantise_later:
+        options["device_map"] = {"": device}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(str(source.directory), **options)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"transformers cannot load {source.name}: {error}") from error
+    checks.require_complete(info, source.name)
+    if source.gguf is not None:
+        checks.require_finite(model.named_parameters(), device, source.name)
+        _forget_gguf(model)
+    if quantise_later:
+        quantize_(model, spec.layers, dtype, device)
+    if stored_in_4bit:
+        set_compute_dtype(model, dtype)
+    model.config.name_or_path = model.name_or_path = source.name
+    return model
+
+
+def _gguf_options(file: str) -> dict[str, Any]:
+    """transformers from 5.20 keeps a GGUF's blocks packed unless told otherwise; before, it had no such option."""
+    import transformers
+
+    options: dict[str, Any] = {"gguf_file": file}
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return options
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """Drops the marks of a GGUF, which make save_pretrained refuse a model whose weights are plain by now."""
+    for owner, names in (
+        (model.config, ("quantization_config",)),
+        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
+    ):
+        for name in names:
+            if name in vars(owner):
+                delattr(owner, name)

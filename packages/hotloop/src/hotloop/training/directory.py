@@ -1,0 +1,191 @@
+"""The run directory: recipe, metrics, checkpoints, adapter. Each file in it is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hotloop_core.errors import ConfigError, DataError, OutputExistsError
+from hotloop_core.files import write_atomically
+
+from .recipe import Recipe, read_recipe
+
+_WHOLE = "whole.json"
+"""Written into a checkpoint after everything else, so that one without it was cut short."""
+
+_MAY_CHANGE = {
+    "output.keep_checkpoints",
+    "output.export",
+    "output.directory",
+    "schedule.eval_every",
+    "schedule.log_every",
+    "schedule.save_every",
+    "report_to",
+}
+"""What a resumed run may set anew without training something else."""
+
+
+class RunDirectory:
+    """Paths of one run, and what may be done with them."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.recipe = self.path / "recipe.yaml"
+        self.data = self.path / "data.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.plot = self.path / "loss.png"
+        self.report = self.path / "report.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.adapter = self.path / "adapter"
+        self.model = self.path / "model"
+        self.exports = self.path / "export"
+
+    def check(self, recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
+        """Raises, before any work, where this directory cannot be used as asked.
+
+        Raises:
+            OutputExistsError: it has something in it and neither resume nor overwrite was asked for, or what is in it
+                is no run and so is not ours to delete.
+            ConfigError: nothing to resume, or another recipe.
+
+        """
+        if resume and overwrite:
+            raise ConfigError("resume and overwrite exclude each other; choose one")
+        if resume:
+            self._check_resume(recipe)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if not overwrite:
+                raise OutputExistsError(
+                    f"{self.path} exists. Go on with that run (--resume), replace it (--overwrite), "
+                    "or choose another output.directory."
+                )
+            if not self.recipe.is_file():
+                raise OutputExistsError(
+                    f"{self.path} is not a run directory (no recipe.yaml), so it is not overwritten. "
+                    "Choose another output.directory."
+                )
+
+    def _check_resume(self, recipe: Recipe) -> None:
+        if not self.recipe.is_file():
+            raise ConfigError(f"{self.path} has no run to resume. Start it without --resume.")
+        if self.report.is_file():
+            raise ConfigError(f"the run in {self.path} is finished. Replace it with --overwrite.")
+        if self.newest_checkpoint() is None:
+            raise ConfigError(
+                f"{self.path} has no whole checkpoint to resume from. Start again with --overwrite, and set "
+                "schedule.save_every lower."
+            )
+        changed = _differences(_flat(read_recipe(self.recipe)), _flat(recipe))
+        if changed:
+            raise ConfigError(
+                f"this recipe differs from that of the run in {self.path}:\n  "
+                + "\n  ".join(changed)
+                + "\nResume with the same recipe, or start another run in another directory."
+            )
+
+    def begin(self, recipe: Recipe, data: dict[str, Any]) -> None:
+        """Makes the directory anew, with the recipe and what the data came to."""
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.checkpoints.mkdir(parents=True)
+        write_atomically(self.data, json.dumps(data, indent=2) + "\n")
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_atomically(self.recipe, text)
+
+    def resume(self, data: dict[str, Any]) -> Path:
+        """The newest whole checkpoint, everything that came after it removed.
+
+        Raises:
+            DataError: the data is no longer what the run began with.
+
+        """
+        if json.loads(self.data.read_text())["fingerprint"] != data["fingerprint"]:
+            raise DataError(
+                f"the data, or how it is tokenised, changed since the run in {self.path} began, so going on would "
+                "train on some rows twice and on some never. Restore it, or start another run."
+            )
+        newest = self.newest_checkpoint()
+        assert newest is not None  # check() saw it
+        for checkpoint in self.checkpoints.iterdir():
+            if not (checkpoint / _WHOLE).is_file():
+                shutil.rmtree(checkpoint)
+        step = _step(newest)
+        kept = [json.dumps(row) for row in self.read_metrics() if row["step"] <= step]
+        write_atomically(self.metrics, "".join(f"{line}\n" for line in kept))
+        return newest
+
+    def whole_checkpoints(self) -> list[Path]:
+        """Checkpoints that were written to the end, oldest first."""
+        return sorted((mark.parent for mark in self.checkpoints.glob(f"*/{_WHOLE}")), key=_step)
+
+    def newest_checkpoint(self) -> Path | None:
+        """The last of them, or None."""
+        return next(reversed(self.whole_checkpoints()), None)
+
+    def seal_checkpoint(self, step: int, *, keep: int) -> None:
+        """Marks the checkpoint of `step` as whole, then removes all but the `keep` newest."""
+        checkpoint = self.checkpoints / f"checkpoint-{step}"
+        write_atomically(checkpoint / _WHOLE, json.dumps({"step": step}) + "\n")
+        for old in self.whole_checkpoints()[:-keep]:
+            (old / _WHOLE).unlink()
+            shutil.rmtree(old)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Every line of metrics.jsonl; a last line that was cut short is left out."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text().split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def save_folder(self, target: Path, write: Callable[[Path], object]) -> None:
+        """Replaces `target` by a folder that `write` fills, whole or not at all."""
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            write(partial)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def open_run(path: str | Path) -> tuple[RunDirectory, Recipe]:
+    """A run that `hotloop train` made, and its recipe.
+
+    Raises:
+        ConfigError: `path` is no run directory.
+
+    """
+    directory = RunDirectory(path)
+    if not directory.recipe.is_file():
+        raise ConfigError(f"{path} is no run directory: it has no recipe.yaml. `hotloop train` makes one.")
+    return directory, read_recipe(directory.recipe)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _flat(recipe: Recipe) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, section in recipe.model_dump(mode="json").items():
+        if isinstance(section, dict):
+            flat.update({f"{name}.{key}": value for key, value in section.items()})
+        else:
+            flat[name] = section
+    return flat
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return [
+        f"{key}: {before.get(key)!r} then, {now.get(key)!r} now"
+        for key in sorted(before.keys() | now.keys())
+        if key not in _MAY_CHANGE and before.get(key) != now.get(key)
+    ]

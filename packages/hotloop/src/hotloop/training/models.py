@@ -1,0 +1,84 @@
+"""The model of a recipe: loaded, its adapter added, its memory planned."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hotloop_core.plan import Plan
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .recipe import Recipe
+
+
+def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The recipe's model, wired, without an adapter."""
+    from hotloop.loading import load
+
+    section = recipe.model
+    return load(
+        section.name,
+        bits=section.bits,
+        dtype=section.dtype,
+        max_seq_len=section.max_seq_len,
+        vram=section.vram,
+        family=section.family,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+    )
+
+
+def build(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The recipe's model, ready to train: with a new adapter, or with every weight trainable."""
+    from hotloop.lora import add_lora
+
+    model, tokenizer = load_base(recipe)
+    if recipe.lora is None:
+        return model.requires_grad_(True), tokenizer
+    lora = recipe.lora
+    model = add_lora(
+        model,
+        r=lora.r,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        targets=lora.targets,
+        seed=lora.seed,
+        rslora=lora.rslora,
+        modules_to_save=lora.modules_to_save,
+    )
+    return model, tokenizer
+
+
+def load_trained(recipe: Recipe, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The recipe's model with the adapter in `folder` (or, after full fine-tuning, the model there), for inference."""
+    if recipe.lora is None:
+        section = recipe.model.model_copy(update={"name": str(folder)})
+        model, tokenizer = load_base(recipe.model_copy(update={"model": section}))
+        return model.eval(), tokenizer
+    from peft import PeftModel
+    from transformers import AutoTokenizer
+
+    base, _ = load_base(recipe)
+    model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    return model.eval(), AutoTokenizer.from_pretrained(str(folder))  # it has the chat template of the run
+
+
+def lora_rank(recipe: Recipe) -> int:
+    """The adapter's rank; 0 for full fine-tuning."""
+    return 0 if recipe.lora is None else recipe.lora.r
+
+
+def plan_batch(model: PreTrainedModel, recipe: Recipe, *, longest: int) -> Plan | None:
+    """Plans memory for this recipe's batches and hands the plan to the wired model; None for one that is not wired."""
+    from hotloop.planner import plan
+    from hotloop.wiring import receipt_of
+
+    receipt = receipt_of(model)
+    if receipt is None:
+        return None
+    tokens = recipe.schedule.batch_size * recipe.model.max_seq_len
+    planned = plan(model, tokens=tokens, longest=longest, vram=recipe.model.vram)
+    receipt.replan(planned)
+    return planned

@@ -1,0 +1,320 @@
+"""One run, from a recipe to a trained adapter: transformers' Trainer does the steps, this does what is around them."""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hotloop_core.errors import DeviceMemoryError, ExportError
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from . import callbacks
+from .batches import Bins, collate
+from .data import prepare
+from .directory import RunDirectory
+from .gradients import GradientWatch
+from .models import build, lora_rank, plan_batch
+from .report import RunReport, plot_loss
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from rich.console import Console
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from .recipe import Recipe
+
+
+class WatchedTrainer(Trainer):
+    """Trainer, with the gradients looked at before it clips them (after that, NaN in one is NaN in all)."""
+
+    watch: GradientWatch
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """As Trainer's; on the last micro-batch of a step the gradients are complete."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.watch.observe(model)
+        return loss
+
+
+class Run:
+    """A recipe carried out, in steps that can be called one by one; a context manager.
+
+        with Run(read_recipe("recipe.toml")) as run:
+            report = run.train()
+
+    Making it reads the data, loads the model, adds the adapter and plans memory; it raises before anything is written
+    if any of these fails. `train` makes the run directory and trains.
+
+    Raises:
+        HotloopError: one of its children, from whichever of these found something wrong.
+
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        console: Console | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.directory = RunDirectory(recipe.output.directory)
+        self.directory.check(recipe, resume=resume, overwrite=overwrite)
+        self._resume, self._console = resume, console
+        self.model: PreTrainedModel
+        self.tokenizer: PreTrainedTokenizerBase
+        self.model, self.tokenizer = build(recipe)
+        self.data = prepare(recipe, self.tokenizer)
+        packed = {
+            "capacity": recipe.model.max_seq_len,
+            "packed": recipe.data.packing,
+            "seed": recipe.data.shuffle_seed,
+        }
+        self.bins = Bins(self.data.train, **packed)
+        self.held_out_bins = Bins(self.data.held_out, **packed)
+        self.plan = plan_batch(self.model, recipe, longest=self.data.report.longest)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets go of the model, so that a program can start another run."""
+        del self.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the matrix products are in: the dtype of the frozen weights (of all, in full fine-tuning)."""
+        dtypes = {p.requires_grad: p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        return dtypes.get(False, dtypes[True])
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps in all, as Trainer counts them."""
+        schedule = self.recipe.schedule
+        if schedule.steps is not None:
+            return schedule.steps
+        batches = math.ceil(len(self.bins) / schedule.batch_size)
+        per_epoch = max(1, math.ceil(batches / schedule.gradient_accumulation))
+        return math.ceil((schedule.epochs or 1) * per_epoch)
+
+    def held_out_loss(self) -> float:
+        """Mean loss over the trained tokens of the held-out rows, in nats."""
+        total, tokens = 0.0, 0
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self._autocast():
+            for index in range(len(self.held_out_bins)):
+                batch = collate([self.held_out_bins[index]])
+                count = int((batch["labels"][:, 1:] != -100).sum())
+                inputs = {k: v.to(self.device) if hasattr(v, "to") else v for k, v in batch.items()}
+                total += float(self.model(**inputs).loss) * count
+                tokens += count
+        self.model.train(training)
+        return total / tokens
+
+    def train(self) -> RunReport:
+        """Trains, measures, saves the adapter (or the whole model), draws the loss, writes the exports.
+
+        Raises:
+            GradientError: gradients that are missing, all zero or not finite.
+            DeviceMemoryError: the device's memory was not enough.
+            ExportError: the disk is full. Whole checkpoints stay and `resume` goes on from the newest.
+
+        """
+        described = asdict(self.data.report)
+        checkpoint: Path | None = None
+        if self._resume:
+            checkpoint = self.directory.resume(described)
+        else:
+            self.directory.begin(self.recipe, described)
+        trainer = self._trainer()
+        progress = None if self._console is None else callbacks.ProgressBar(self._console)
+        if progress is not None:
+            trainer.add_callback(progress)
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        try:
+            with self._explained():
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            if progress is not None:
+                progress.close()
+        seconds = time.perf_counter() - start
+        with self._explained():
+            self._save()
+            return self._finish(trainer, seconds)
+
+    def _trainer(self) -> WatchedTrainer:
+        trainer = WatchedTrainer(
+            model=self.model,
+            args=self._arguments(),
+            train_dataset=self.bins,
+            data_collator=collate,
+            processing_class=self.tokenizer,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.watch = GradientWatch(scaled=self._scaled)
+        trainer.add_callback(callbacks.GradientCheck(trainer.watch))
+        trainer.add_callback(callbacks.MetricsFile(self.directory.metrics))
+        trainer.add_callback(callbacks.Checkpoints(self.directory, self.recipe.output.keep_checkpoints))
+        if len(self.held_out_bins):
+            every = self.recipe.schedule.eval_every
+            trainer.add_callback(callbacks.HeldOut(self.held_out_loss, trainer.log, every))
+        return trainer
+
+    def _arguments(self) -> TrainingArguments:
+        schedule = self.recipe.schedule
+        warmup = schedule.warmup if schedule.warmup >= 1 else schedule.warmup * self.steps
+        arguments = TrainingArguments(
+            output_dir=str(self.directory.checkpoints),
+            max_steps=self.steps,
+            per_device_train_batch_size=schedule.batch_size,
+            gradient_accumulation_steps=schedule.gradient_accumulation,
+            learning_rate=schedule.learning_rate,
+            lr_scheduler_type=schedule.scheduler,
+            warmup_steps=math.ceil(warmup),
+            weight_decay=schedule.weight_decay,
+            max_grad_norm=schedule.max_grad_norm,
+            optim=schedule.optimizer,
+            seed=schedule.seed,
+            logging_steps=schedule.log_every,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,  # the watch sees them, and a filter would hide them
+            save_strategy="no" if schedule.save_every is None else "steps",
+            save_steps=schedule.save_every or 500,
+            save_total_limit=None,  # Checkpoints removes old ones, once the new one is whole
+            report_to=self.recipe.report_to or "none",
+            disable_tqdm=True,
+            remove_unused_columns=False,  # an item is a list of rows
+            include_num_input_tokens_seen="all",
+            dataloader_pin_memory=self.device.type == "cuda",
+            use_cpu=self.device.type == "cpu",
+            bf16=self.device.type == "cuda" and self.compute_dtype is torch.bfloat16,
+            fp16=self._scaled,
+        )
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer copies the model to every card it sees
+        return arguments
+
+    @property
+    def _scaled(self) -> bool:
+        return self.device.type == "cuda" and self.compute_dtype is torch.float16
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        enabled = self.device.type == "cuda" and self.compute_dtype is not torch.float32
+        return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled)
+
+    def _save(self) -> None:
+        target = self.directory.model if self.recipe.lora is None else self.directory.adapter
+
+        def write(folder: Path) -> None:
+            self.model.save_pretrained(str(folder))
+            self.tokenizer.save_pretrained(str(folder))
+
+        self.directory.save_folder(target, write)
+
+    def _finish(self, trainer: WatchedTrainer, seconds: float) -> RunReport:
+        target = self.directory.model if self.recipe.lora is None else self.directory.adapter
+        exports = [str(target), *self._export()]
+        note = plot_loss(self.directory)
+        metrics = self.directory.read_metrics()
+        losses = [row["loss"] for row in metrics if "loss" in row]
+        held_out = [row["eval_loss"] for row in metrics if "eval_loss" in row]
+        cuda = self.device.type == "cuda"
+        report = RunReport(
+            directory=str(self.directory.path),
+            steps=trainer.state.global_step,
+            tokens=int(trainer.state.num_input_tokens_seen),
+            seconds=seconds,
+            train_loss=losses[-1],
+            held_out_before=held_out[0] if held_out else None,
+            held_out_after=held_out[-1] if held_out else None,
+            peak_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else None,
+            idle=trainer.watch.idle,
+            exports=exports,
+            notes=[] if note is None else [note],
+        )
+        report.save(self.directory.report)
+        return report
+
+    def _export(self) -> list[str]:
+        written: list[str] = []
+        for item in self.recipe.output.export:
+            from hotloop.exporting import export
+
+            folder = self.directory.exports / item.format
+            folder.mkdir(parents=True, exist_ok=True)
+            result = export(
+                self.model,
+                self.tokenizer,
+                folder,
+                format=item.format,
+                quant=item.quant,
+                overwrite=True,
+            )
+            written += [str(file.path) for file in result.files]
+        return written
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns what the device and the disk say into errors that say what to do."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise DeviceMemoryError(self._out_of_memory(error)) from error
+        except Exception as error:
+            if _disk_full(error):
+                raise ExportError(
+                    f"the disk of {self.directory.path} is full ({error}). Free some space, then go on with --resume "
+                    "from the newest whole checkpoint."
+                ) from error
+            raise
+
+    def _out_of_memory(self, error: Exception) -> str:
+        recipe = self.recipe
+        tokens = recipe.schedule.batch_size * recipe.model.max_seq_len
+        peak = ""
+        if self.device.type == "cuda":
+            peak = f", the peak was {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB"
+        advice = [
+            (recipe.schedule.batch_size > 1, "schedule.batch_size = 1 with more gradient_accumulation"),
+            (recipe.model.bits == 16 and recipe.lora is not None, "model.bits = 4"),
+            (True, f"model.max_seq_len below {recipe.model.max_seq_len}"),
+            ((rank := lora_rank(recipe)) > 16, f"lora.r below {rank}"),
+            (recipe.schedule.optimizer == "adamw_torch", 'schedule.optimizer = "paged_adamw_8bit"'),
+        ]
+        options = "; ".join(text for applies, text in advice if applies)
+        expected = "" if self.plan is None else f" The plan expected {self.plan.peak_bytes / 2**30:.2f} GiB{peak}."
+        return (
+            f"out of device memory in a step of {tokens:,} tokens.{expected} What shrinks it, most first: {options}. "
+            f"A smaller model.vram makes the plan itself save more. ({error})"
+        )
+
+
+def _disk_full(error: BaseException) -> bool:
+    """safetensors and torch.save raise errors of their own with the system's text inside."""
+    full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return full or any(text in str(error) for text in ("No space left on device", "PytorchStreamWriter failed"))
+
+

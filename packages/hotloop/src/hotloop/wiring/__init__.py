@@ -1,0 +1,228 @@
+"""Puts the engine underneath one transformers model, module by module, and takes it out again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from hotloop_core import (
+    Attention,
+    FamilySpec,
+    Glu,
+    LayerSpec,
+    ModelFacts,
+    Plan,
+    Registry,
+    discover,
+    facts_of,
+)
+from hotloop_core.errors import UnsupportedError, WireError
+from hotloop_core.plan import KEEP_ALL
+from torch import nn
+
+from . import masks
+from .classes import STATE, wired_class
+from .layer import LayerState, Shared, check_module, module_paths
+from .norm import NormState
+from .receipt import Receipt, Swap
+from .root import RootState
+from .views import EXCEPTIONS, Refusal, linear_view, refuse
+
+__all__ = ["EXCEPTIONS", "Receipt", "receipt_of", "wire"]
+
+
+def wire(
+    model: nn.Module,
+    plan: Plan | None = None,
+    allow_eager: Collection[str] = (),
+    *,
+    family: str | None = None,
+    ops: Mapping[str, str] | None = None,
+    attention: str | None = None,
+    deterministic: bool = False,
+    registry: Registry | None = None,
+) -> Receipt:
+    """Replaces what runs underneath a transformers model; the model, its parameters and its API stay.
+
+    Args:
+        model: a ...ForCausalLM, or a PEFT model over one. Adapters may come before or after.
+        plan: where the tensors that backward needs live; None keeps all (`hotloop.plan` makes one that fits).
+        allow_eager: names of what may run through the model's own code where a block cannot do it (see EXCEPTIONS);
+            anything else is refused.
+        family: which family describes the model, where several plugins claim it.
+        ops: op name -> implementation name ("reference", "triton", a plugin's); the rest is chosen by the device.
+        attention: a backend's name, instead of the fastest that can.
+        deterministic: only attention backends whose backward gives the same bits every time.
+        registry: what is installed; None looks.
+
+    Returns:
+        A receipt: what was replaced, and `undo()`.
+
+    Raises:
+        NoFamilyError: no installed plugin describes the model.
+        WireError: the model is wired, is not what its family describes, or has something that the blocks do not do.
+    """
+    unknown = set(allow_eager) - set(EXCEPTIONS)
+    if unknown:
+        raise WireError(
+            f"allow_eager: no exception is called {', '.join(sorted(unknown))}; expected some of "
+            + "; ".join(f"{name} ({what})" for name, what in EXCEPTIONS.items())
+        )
+    root = _root(model)
+    if STATE in root.__dict__:
+        raise WireError("this model is wired; undo it first: receipt_of(model).undo()")
+    registry = discover() if registry is None else registry
+    config = root.config.to_dict()  # type: ignore[union-attr]
+    spec = registry.match(config, family=family)
+    facts = facts_of(spec, config)
+    _register_ops(registry)
+    if plan is None:
+        plan = Plan(layers=(KEEP_ALL,) * facts.layers, tokens=0, longest=0)
+    shared = Shared(facts, plan, frozenset(allow_eager), dict(ops or {}), attention, deterministic)
+    layers = _layers(root, spec, facts)
+    left_alone = _check(root, layers, spec, shared, config)
+    return _swap(root, spec, shared, layers, left_alone)
+
+
+def receipt_of(model: nn.Module) -> Receipt | None:
+    """The receipt of a wired model (or of the model under PEFT), None where it is not wired."""
+    state = _root(model).__dict__.get(STATE)
+    return None if state is None else state.receipt
+
+
+def _root(model: nn.Module) -> Any:
+    """The transformers model itself, under PEFT where it is there."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):
+        raise WireError(
+            f"expected a transformers ...ForCausalLM (or a PEFT model over one), found {type(model).__name__}. "
+            "Pass the model itself, not a wrapper such as DDP."
+        )
+    return inner
+
+
+_registered_ops: set[tuple[str, str]] = set()
+
+
+def _register_ops(registry: Registry) -> None:
+    """Makes plugins' op implementations known to the engine; each once per process."""
+    from functools import partial
+    from importlib import import_module
+    from operator import attrgetter
+
+    from hotloop_engine.ops._select import register
+
+    def load(target: str) -> object:
+        module, _, attribute = target.partition(":")
+        found = import_module(module)
+        return attrgetter(attribute)(found) if attribute else found
+
+    for op in registry.ops:
+        if (op.op, op.name) not in _registered_ops:
+            register(op.op, op.name, partial(load, op.target), op.devices)
+            _registered_ops.add((op.op, op.name))
+
+
+def _layers(root: Any, spec: FamilySpec, facts: ModelFacts) -> list[LayerState | Any]:
+    try:
+        layers = list(root.get_submodule(spec.layers))
+    except AttributeError as error:
+        raise WireError(
+            f"family {spec.name!r} says that the layers are at {spec.layers!r}; {type(root).__name__} has no such "
+            f"module ({error}). Load the ...ForCausalLM class of this model."
+        ) from None
+    if len(layers) != facts.layers:
+        raise WireError(
+            f"config says {facts.layers} layers, {spec.layers} has {len(layers)}; set the config to what the model has"
+        )
+    return layers
+
+
+def _check(
+    root: Any, layers: list[Any], spec: FamilySpec, shared: Shared, config: Mapping[str, Any]
+) -> dict[str, str]:
+    """Refuses what cannot be wired; returns what stays with the model's own code, by path."""
+    if not config.get("is_causal", True):
+        raise WireError("config.is_causal is False: this model attends in both directions, the blocks do not")
+    if "forward" in root.__dict__:
+        raise WireError(
+            "the model's forward was replaced on the instance (by a trainer, TRL or accelerate), so wiring would be "
+            "passed by. Wire the model before you hand it to a trainer."
+        )
+    left_alone: dict[str, str] = {}
+    for index, layer in enumerate(layers):
+        path = f"{spec.layers}.{index}"
+        check_layer(path, layer, spec.layer_spec(config, index))
+        try:
+            _check_modules(path, layer, spec.layer_spec(config, index), shared)
+        except Refusal as refusal:
+            if refusal.name not in shared.allow_eager:
+                raise refuse(path, refusal) from None
+            left_alone[path] = f"runs the model's own code: {refusal}"
+    return left_alone
+
+
+def check_layer(path: str, layer: nn.Module, spec: LayerSpec) -> None:
+    """Whether a layer is what its description says: every module is there, every parameter claimed, none twice.
+
+    Raises:
+        WireError, UnsupportedError: what is missing, left over or not supported, by path.
+    """
+    if not isinstance(spec.attention, Attention) or not isinstance(spec.mlp, Glu):
+        raise UnsupportedError(
+            f"{path}: {type(spec.attention).__name__} with {type(spec.mlp).__name__}; the engine has blocks for "
+            "Attention with Glu. Train this model without wiring it."
+        )
+    paths = module_paths(spec)
+    doubled = {p for p in paths.values() if list(paths.values()).count(p) > 1}
+    if doubled:
+        raise WireError(f"{path}: the description claims {', '.join(sorted(doubled))} twice")
+    names = {name for name, _ in layer.named_modules()}
+    missing = {role: p for role, p in paths.items() if p not in names}
+    if missing:
+        raise WireError(
+            f"{path}: {type(layer).__name__} has no "
+            + ", ".join(f"{p} ({role})" for role, p in missing.items())
+            + ". The family's description does not fit this model; see docs/write-a-family.md"
+        )
+    claimed = tuple(f"{p}." for p in paths.values())
+    left = [name for name, _ in layer.named_parameters() if not f"{name}.".startswith(claimed)]
+    if left:
+        raise WireError(
+            f"{path}: parameters that the description does not claim: {', '.join(left[:8])}. They would be passed "
+            "by; extend the family's description."
+        )
+
+
+def _check_modules(path: str, layer: nn.Module, spec: LayerSpec, shared: Shared) -> None:
+    if "forward" in layer.__dict__ or "_hf_hook" in layer.__dict__:
+        raise Refusal("offload", f"{path}: accelerate hooks the layer's forward")
+    for role, name in module_paths(spec).items():
+        module = layer.get_submodule(name)
+        check_module(name, module)
+        if role in {"q", "k", "v", "o", "gate", "up", "down"}:
+            linear_view(module)
+
+
+def _swap(
+    root: Any, spec: FamilySpec, shared: Shared, layers: list[Any], left_alone: dict[str, str]
+) -> Receipt:
+    original = root.config._attn_implementation or "eager"
+    name = masks.register(original)
+    receipt = Receipt(root, spec, shared, [], (original, name), left_alone)
+    config = shared.facts.config
+    norms = spec.layer_spec(config, 0).norms
+
+    def swap(path: str, module: nn.Module, role: str, state: object) -> None:
+        receipt.swaps.append(Swap(path, module, type(module), role))
+        module.__dict__[STATE] = state
+        module.__class__ = wired_class(type(module), role)
+
+    for index, layer in enumerate(layers):
+        path = f"{spec.layers}.{index}"
+        if path not in left_alone:
+            swap(path, layer, "layer", LayerState(path, index, spec.layer_spec(config, index), shared))
+    swap(spec.final_norm, root.get_submodule(spec.final_norm), "norm", NormState(norms, shared))
+    swap("", root, "root", RootState(spec, shared, receipt))
+    root.config._attn_implementation = name
+    return receipt

@@ -1,0 +1,254 @@
+"""The forward of a wired decoder layer: reads the layer's modules, builds the two blocks, runs them by the plan."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from hotloop_core import Attention, Glu, LayerSpec, ModelFacts, Plan
+from hotloop_engine.attention import Sequences
+from hotloop_engine.blocks import (
+    AttentionBlock,
+    AttentionShape,
+    BlockContext,
+    MlpBlock,
+    NormView,
+    run_blocks,
+)
+from torch import Tensor, nn
+
+from .classes import STATE, role
+from .masks import LazyMask
+from .views import Refusal, linear_view, norm_view, refuse
+
+SEQUENCES = "hotloop_sequences"
+"""The keyword by which the wired root hands the batch's sequences to every layer."""
+
+
+@dataclass(eq=False)
+class Shared:
+    """What all wired layers of one model share: the plan, the choices, and the sequences of the batch at hand."""
+
+    facts: ModelFacts
+    plan: Plan
+    allow_eager: frozenset[str]
+    ops: Mapping[str, str]
+    backend: str | None
+    deterministic: bool
+    _known: tuple[tuple[Any, ...], Sequences] | None = field(default=None, repr=False)
+
+    def sequences(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Sequences:
+        """How the tokens of this batch divide; worked out by the first layer, then remembered."""
+        given = kwargs.get(SEQUENCES)
+        if given is not None:
+            return given
+        mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+        padding = mask.padding if isinstance(mask, LazyMask) else mask
+        offsets = kwargs.get("cu_seq_lens_q")
+        sources = (padding, positions, offsets)
+        if self._known is not None and _same(self._known[0], sources, hidden.shape[:2]):
+            return self._known[1]
+        found = sequences_of(hidden.shape[0], hidden.shape[1], hidden.device, padding, positions, offsets)
+        self._known = (_identity(sources, hidden.shape[:2]), found)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}
+
+
+def sequences_of(
+    batch: int,
+    length: int,
+    device: torch.device,
+    padding: Tensor | None,
+    positions: Tensor | None,
+    offsets: Tensor | None,
+) -> Sequences:
+    """Packing by offsets, else padding by a mask, else packing by restarting positions, else dense.
+
+    As transformers does, positions count only where there is no mask.
+    """
+    if offsets is not None:
+        return Sequences.from_cu_seqlens(offsets, tokens=batch * length)
+    if padding is not None:
+        return Sequences.from_padding_mask(padding)
+    if positions is not None:
+        return Sequences.from_position_ids(positions, batch=batch)
+    return Sequences.dense(batch, length, device)
+
+
+def _identity(sources: tuple[Tensor | None, ...], shape: torch.Size) -> tuple[Any, ...]:
+    parts = [None if s is None else (weakref.ref(s), s._version) for s in sources]
+    return (tuple(shape), *parts)
+
+
+def _same(known: tuple[Any, ...], sources: tuple[Tensor | None, ...], shape: torch.Size) -> bool:
+    if known[0] != tuple(shape):
+        return False
+    return all(
+        (k is None and s is None)
+        or (k is not None and s is not None and k[0]() is s and k[1] == s._version)
+        for k, s in zip(known[1:], sources, strict=True)
+    )
+
+
+@dataclass(eq=False)
+class LayerState:
+    """A wired layer's own part."""
+
+    path: str
+    index: int
+    spec: LayerSpec
+    shared: Shared
+
+
+def module_paths(spec: LayerSpec) -> dict[str, str]:
+    """Role -> path within the layer, for every module with parameters that the description claims."""
+    attention, mlp, norms = spec.attention, spec.mlp, spec.norms
+    assert isinstance(attention, Attention) and isinstance(mlp, Glu)
+    paths = {
+        "before_attention": norms.before_attention,
+        "q": attention.q,
+        "k": attention.k,
+        "v": attention.v,
+        "q_norm": attention.q_norm,
+        "k_norm": attention.k_norm,
+        "o": attention.o,
+        "after_attention": norms.after_attention,
+        "before_mlp": norms.before_mlp,
+        "gate": mlp.gate,
+        "up": mlp.up,
+        "down": mlp.down,
+        "after_mlp": norms.after_mlp,
+    }
+    return {role: path for role, path in paths.items() if path is not None}
+
+
+@role("layer")
+def forward(
+    layer: nn.Module, own_forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """One decoder layer. A KV cache or `output_attentions` takes the model's own forward."""
+    state: LayerState = layer.__dict__[STATE]
+    if args:
+        kwargs = {**_names(own_forward, hidden_states, args), **kwargs}
+    if kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
+        return _run_own(own_forward, hidden_states, kwargs)
+    try:
+        blocks = build_blocks(layer, state, hidden_states, kwargs)
+    except Refusal as refusal:
+        if refusal.name not in state.shared.allow_eager:
+            raise refuse(state.path, refusal) from None
+        return _run_own(own_forward, hidden_states, kwargs)
+    flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+    plan = state.shared.plan.layers[state.index]
+    return run_blocks(blocks, flat, plan, where=state.path).view(hidden_states.shape)
+
+
+def _run_own(own_forward: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]) -> Any:
+    return own_forward(hidden_states, **{k: v for k, v in kwargs.items() if k != SEQUENCES})
+
+
+def _names(own_forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...]) -> dict[str, Any]:
+    bound = inspect.signature(own_forward).bind(hidden, *args)
+    return dict(list(bound.arguments.items())[1:])
+
+
+def build_blocks(
+    layer: nn.Module, state: LayerState, hidden: Tensor, kwargs: Mapping[str, Any]
+) -> tuple[AttentionBlock, MlpBlock]:
+    """The two blocks of this call.
+
+    Raises:
+        Refusal: the layer, or this call, has something that the blocks do not do.
+    """
+    shared, spec, facts = state.shared, state.spec, state.shared.facts
+    modules = {role: layer.get_submodule(path) for role, path in module_paths(spec).items()}
+    _check_call(layer, modules, shared, kwargs)
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    context = BlockContext(
+        dtype=dtype, device=hidden.device, ops=shared.ops, residual_scale=facts.residual_scale
+    )
+
+    def norm(role: str) -> NormView | None:
+        module = modules.get(role)
+        return None if module is None else norm_view(module, spec.norms, facts.norm_eps)
+
+    cos, sin = (t.reshape(-1, t.shape[-1]) for t in kwargs["position_embeddings"])
+    attention, mlp = spec.attention, spec.mlp
+    assert isinstance(attention, Attention) and isinstance(mlp, Glu)
+    return (
+        AttentionBlock(
+            context,
+            AttentionShape(
+                heads=facts.heads,
+                kv_heads=facts.kv_heads,
+                head_dim=facts.head_dim,
+                scale=facts.attention_scale,
+                window=facts.windows[state.index],
+                softcap=facts.attention_softcap,
+                interleaved=attention.interleaved,
+            ),
+            norm=norm("before_attention"),
+            qkv=(linear_view(modules["q"]), linear_view(modules["k"]), linear_view(modules["v"])),
+            o=linear_view(modules["o"]),
+            cos_PR=cos,
+            sin_PR=sin,
+            sequences=shared.sequences(hidden, kwargs),
+            q_norm=norm("q_norm"),
+            k_norm=norm("k_norm"),
+            after=norm("after_attention"),
+            backend=shared.backend,
+            deterministic=shared.deterministic,
+        ),
+        MlpBlock(
+            context,
+            activation=facts.activation,
+            norm=norm("before_mlp"),
+            gate_up=(linear_view(modules["gate"]), linear_view(modules["up"])),
+            down=linear_view(modules["down"]),
+            after=norm("after_mlp"),
+        ),
+    )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _check_call(
+    layer: nn.Module, modules: Mapping[str, nn.Module], shared: Shared, kwargs: Mapping[str, Any]
+) -> None:
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, LazyMask):
+        if mask.custom:
+            raise Refusal("mask", "the causal mask was combined with another mask function")
+    elif isinstance(mask, Tensor) and mask.dim() != 2:
+        raise Refusal("mask", f"an attention mask of shape {tuple(mask.shape)}")
+    elif mask is not None and not isinstance(mask, Tensor):
+        raise Refusal("mask", f"an attention mask of type {type(mask).__name__}")
+    if layer.training and shared.facts.attention_dropout:
+        raise Refusal("attention-dropout", f"attention_dropout={shared.facts.attention_dropout}")
+    containers = {name: m for name, m in layer.named_children() if name not in modules}
+    for name, module in (*containers.items(), *modules.items()):
+        check_module(name, module)
+
+
+def check_module(name: str, module: nn.Module) -> None:
+    """Refuses hooks, replaced forwards and offloading on a module whose forward the blocks pass by."""
+    for inner in (module, *module.children()):
+        for kind in _HOOKS:
+            for hook in inner.__dict__[kind].values():
+                if getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing"):
+                    continue
+                raise Refusal("hooks", f"{name}: a hook {getattr(hook, '__qualname__', hook)!r}")
+        own = inner.__dict__.get("_hf_hook")
+        if own is not None:
+            raise Refusal("offload", f"{name}: accelerate's {type(own).__name__}")
+        if "forward" in inner.__dict__:
+            raise Refusal("hooks", f"{name}: a forward that somebody put on the instance")

@@ -1,0 +1,241 @@
+"""The forward of the wired root (…ForCausalLM): the loss from hidden states, logits only where somebody reads them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hotloop_core import FamilySpec
+from hotloop_core.kernels import HeadLossOptions
+from hotloop_engine.ops.linear_cross_entropy import (
+    TrainedRows,
+    linear_cross_entropy,
+    linear_log_probs,
+    shift_labels,
+)
+from torch import Tensor, nn
+
+from .classes import STATE, role
+from .head import head_weight
+from .layer import SEQUENCES, Shared, sequences_of
+from .lazy import LazyTensor
+
+FUSED = "hotloop_head"
+"""The keyword by which TRL's request for a fused head travels through whatever wraps the root's forward."""
+
+
+@dataclass(eq=False)
+class RootState:
+    """The wired root's own part."""
+
+    family: FamilySpec
+    shared: Shared
+    receipt: Any
+
+    def options(self, temperature: float = 1.0, ignore_index: int = -100) -> HeadLossOptions:
+        """The head's options for this model."""
+        facts = self.shared.facts
+        return HeadLossOptions(
+            ignore_index=ignore_index,
+            softcap=facts.logit_softcap,
+            scale=1.0 / facts.logit_divisor,
+            temperature=temperature,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedRequest:
+    """What TRL asked its fused head for."""
+
+    temperature: float
+    entropy: bool
+    result: type
+
+
+def call(root: nn.Module, own_call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Turns TRL's `fused_lm_head=True` into a request that reaches `forward` through every wrapper on the way."""
+    if kwargs.get("fused_lm_head") and STATE in root.__dict__:
+        request = _fused_request(root)
+        if request is not None:
+            del kwargs["fused_lm_head"]
+            kwargs[FUSED] = request
+    return own_call(*args, **kwargs)
+
+
+def _fused_request(root: nn.Module) -> FusedRequest | None:
+    """Reads what TRL's own closure would compute; None leaves the call to it (outputs that this head does not have)."""
+    for name in ("_original_forward", "forward"):
+        function = inspect.unwrap(getattr(root.__dict__.get(name), "__func__", call))
+        bound = root.__dict__.get(name)
+        candidates = (getattr(bound, "__func__", bound), function)
+        for candidate in candidates:
+            code = getattr(candidate, "__code__", None)
+            if code is None or code.co_name != "_fused_forward":
+                continue
+            cells = inspect.getclosurevars(candidate)
+            asked = set(cells.nonlocals.get("outputs", ()))
+            if cells.nonlocals.get("cast_lm_head_to_fp32") or not asked <= _FUSED_OUTPUTS:
+                return None
+            return FusedRequest(
+                temperature=float(cells.nonlocals.get("temperature", 1.0)),
+                entropy="entropy" in asked,
+                result=cells.globals["FusedCausalLMOutput"],
+            )
+    return None
+
+
+_FUSED_OUTPUTS = {"log_probs", "entropy", "is_top1"}
+
+
+@role("root", call=call)
+def forward(root: nn.Module, own_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As the model's own forward; with labels and no cache the loss comes from the fused head."""
+    state: RootState = root.__dict__[STATE]
+    if args:
+        bound = inspect.signature(own_forward).bind_partial(*args)
+        kwargs = {**bound.arguments, **kwargs}
+    request: FusedRequest | None = kwargs.pop(FUSED, None)
+    cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
+    labels = kwargs.get("labels")
+    if kwargs.get("use_cache") is None and (request or labels is not None or _records(root)):
+        kwargs["use_cache"] = False  # the default, True, would build a cache that training never reads
+    if not cached:
+        kwargs = _with_sequences(kwargs)
+    shifted = kwargs.get("shift_labels")
+    if request is not None:
+        return _fused(root, state, request, kwargs)
+    if (labels is None and shifted is None) or cached or not _plain_loss(root):
+        return own_forward(**kwargs)
+    return _with_loss(root, state, kwargs)
+
+
+def _records(root: nn.Module) -> bool:
+    return root.training and torch.is_grad_enabled()
+
+
+def _with_sequences(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Works out once per batch what each layer would have to ask the positions for."""
+    tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    mask = kwargs.get("attention_mask")
+    if tokens is None or (mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2)):
+        return kwargs
+    found = sequences_of(
+        tokens.shape[0],
+        tokens.shape[1],
+        tokens.device,
+        mask,
+        kwargs.get("position_ids"),
+        kwargs.get("cu_seq_lens_q"),
+    )
+    return {**kwargs, SEQUENCES: found}
+
+
+def _plain_loss(root: nn.Module) -> bool:
+    """Whether the model computes the loss that the fused head computes, not one that somebody put in its place."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    return root.loss_function is ForCausalLMLoss
+
+
+_LOSS_ONLY = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", "logits_to_keep", "return_dict")
+
+
+def _hidden(root: nn.Module, state: RootState, kwargs: Mapping[str, Any]) -> Any:
+    decoder = root.get_submodule(state.family.decoder)
+    return decoder(**{k: v for k, v in kwargs.items() if k not in _LOSS_ONLY})
+
+
+def _targets(kwargs: Mapping[str, Any], ignore_index: int) -> Tensor:
+    """Labels [B, S], one for each position: given shifted, or shifted here; never across a packed boundary."""
+    shifted = kwargs.get("shift_labels")
+    if shifted is not None:
+        return shifted
+    labels, sequences = kwargs["labels"], kwargs.get(SEQUENCES)
+    packed = sequences is not None and sequences.count > labels.shape[0]
+    return shift_labels(
+        labels, ignore_index=ignore_index, cu_seqlens_S1=sequences.cu_seqlens if packed else None
+    )
+
+
+def _with_loss(root: nn.Module, state: RootState, kwargs: dict[str, Any]) -> Any:
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    ignore_index = kwargs.get("ignore_index", -100)
+    labels = _targets(kwargs, ignore_index)
+    rows = TrainedRows(labels, ignore_index=ignore_index)  # their number is known before the layers are done
+    outputs = _hidden(root, state, kwargs)
+    hidden = outputs.last_hidden_state
+    head = head_weight(root.get_output_embeddings(), hidden)
+    loss = linear_cross_entropy(
+        head.hidden,
+        head.weight,
+        labels,
+        bias=head.bias,
+        options=state.options(ignore_index=ignore_index),
+        num_items=kwargs.get("num_items_in_batch"),
+        rows=rows,
+        impl=state.shared.ops.get("linear_cross_entropy"),
+    )
+    result = CausalLMOutputWithPast(
+        loss=loss,
+        logits=_lazy_logits(root, state, hidden, kwargs.get("logits_to_keep", 0)),
+        hidden_states=outputs.get("hidden_states"),
+        attentions=outputs.get("attentions"),
+    )
+    wants_dict = kwargs.get("return_dict")
+    return result.to_tuple() if wants_dict is False else result
+
+
+def _lazy_logits(root: nn.Module, state: RootState, hidden: Tensor, keep: int | Tensor) -> LazyTensor:
+    if isinstance(keep, int):
+        hidden = hidden[:, -keep:] if keep else hidden
+    else:
+        hidden = hidden[:, keep]
+    facts = state.shared.facts
+    grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled(hidden.device.type)
+    dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
+
+    def make() -> Tensor:
+        with (
+            torch.set_grad_enabled(grad),
+            torch.autocast(hidden.device.type, dtype=dtype, enabled=autocast),
+        ):
+            logits = root.get_output_embeddings()(hidden) / facts.logit_divisor
+            if facts.logit_softcap is None:
+                return logits
+            return torch.tanh(logits / facts.logit_softcap) * facts.logit_softcap
+
+    return LazyTensor(make, (*hidden.shape[:-1], facts.vocab_size), dtype, hidden.device)
+
+
+def _fused(root: nn.Module, state: RootState, request: FusedRequest, kwargs: dict[str, Any]) -> Any:
+    """TRL's fields: per-token log-probabilities, entropy and is-top-1, zero where the label is ignored."""
+    kwargs["use_cache"] = False
+    labels = _targets(kwargs, -100)
+    outputs = _hidden(root, state, kwargs)
+    hidden = outputs.last_hidden_state
+    if kwargs.get("shift_labels") is None:
+        hidden, labels = hidden[:, :-1], labels[:, :-1]
+    head = head_weight(root.get_output_embeddings(), hidden)
+    tokens = linear_log_probs(
+        head.hidden,
+        head.weight,
+        labels,
+        bias=head.bias,
+        options=state.options(temperature=request.temperature),
+        entropy=request.entropy,
+        impl=state.shared.ops.get("linear_cross_entropy"),
+    )
+    mask = labels != -100
+    items = kwargs.get("num_items_in_batch")
+    total = -tokens.log_prob.sum()
+    return request.result(
+        loss=total / (mask.sum().clamp(min=1) if items is None else items),
+        log_probs=tokens.log_prob,
+        entropy=tokens.entropy,
+        is_top1=tokens.is_top1,
+        label_mask=mask,
+    )

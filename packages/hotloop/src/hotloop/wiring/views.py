@@ -1,0 +1,124 @@
+"""Reads projections and norms at the moment of a call, so that whatever PEFT did since is seen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hotloop_core.errors import WireError
+from hotloop_engine.blocks import NormView
+from hotloop_engine.ops.lora_linear import LinearView, Lora
+from hotloop_engine.ops.nf4 import from_bitsandbytes
+from torch import nn
+
+if TYPE_CHECKING:
+    from hotloop_core import Norms
+    from hotloop_core.kernels import FourBitWeight
+    from torch import Tensor
+
+EXCEPTIONS = {
+    "adapters": "several active adapters on one projection",
+    "adapter-kind": "adapters other than plain LoRA: DoRA, a bias in B, another PEFT method",
+    "weight-kind": "weights that are neither 16/32-bit nn.Linear nor bitsandbytes 4-bit",
+    "hooks": "foreign hooks on modules inside a layer",
+    "attention-dropout": "dropout of attention probabilities in training",
+    "mask": "attention masks that are not causal, windowed, packed or padding",
+    "offload": "accelerate's own weight offloading",
+}
+"""What a block cannot do: the name that `allow_eager` takes, and what it covers."""
+
+
+class Refusal(Exception):
+    """One thing that a block cannot do, by its name in EXCEPTIONS, and what was found."""
+
+    def __init__(self, name: str, found: str) -> None:
+        super().__init__(f"{found} ({EXCEPTIONS[name]})")
+        self.name = name
+
+
+def refuse(where: str, refusal: Refusal) -> WireError:
+    """The error for a refusal that was not allowed."""
+    return WireError(
+        f"{where}: {refusal}. Remove it, or let this run through the model's own slower code: "
+        f"wire(model, allow_eager={{{refusal.name!r}}})."
+    )
+
+
+def linear_view(module: nn.Module) -> LinearView:
+    """What a projection is right now: base weight, bias, active adapter.
+
+    Raises:
+        Refusal: it is something that the grouped GEMMs do not compute.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        module = saved_module(module)
+    if not isinstance(module, BaseTunerLayer):
+        return LinearView(weight=_weight(module), bias=module.bias)  # type: ignore[arg-type]
+    if not isinstance(module, LoraLayer):
+        raise Refusal("adapter-kind", f"an adapter of kind {type(module).__name__}")
+    base = module.get_base_layer()
+    lora = _active_lora(module)
+    return LinearView(weight=_weight(base), bias=base.bias, lora=lora)  # type: ignore[arg-type]
+
+
+def saved_module(wrapper: Any) -> nn.Module:
+    """The module that a ModulesToSaveWrapper runs now."""
+    names = wrapper.active_adapters if hasattr(wrapper, "active_adapters") else [wrapper.active_adapter]
+    active = [name for name in names if name in wrapper.modules_to_save]
+    if wrapper.disable_adapters or not active:
+        return wrapper.original_module
+    return wrapper.modules_to_save[active[0]]
+
+
+def _active_lora(layer: Any) -> Lora | None:
+    if layer.disable_adapters:
+        if layer.merged:
+            layer.unmerge()
+        return None
+    if layer.merged:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise Refusal("adapters", f"adapters {', '.join(names)} are active together")
+    name = names[0]
+    if name in layer.lora_variant:
+        raise Refusal("adapter-kind", f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}")
+    if layer.lora_B[name].bias is not None:
+        raise Refusal("adapter-kind", f"adapter {name!r} has a bias in lora_B")
+    drop = layer.lora_dropout[name]
+    probability = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
+    return Lora(
+        a_RK=layer.lora_A[name].weight,
+        b_NR=layer.lora_B[name].weight,
+        scale=float(layer.scaling[name]),
+        dropout=probability,
+    )
+
+
+def _weight(module: nn.Module) -> Tensor | FourBitWeight:
+    weight = module.weight
+    if getattr(weight, "quant_state", None) is not None:
+        return from_bitsandbytes(weight)
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return weight  # type: ignore[return-value]
+    raise Refusal("weight-kind", f"a {type(module).__module__}.{type(module).__name__}")
+
+
+def norm_view(module: nn.Module, norms: Norms, eps: float) -> NormView:
+    """What a norm is right now."""
+    from peft.utils import ModulesToSaveWrapper
+
+    if isinstance(module, ModulesToSaveWrapper):
+        module = saved_module(module)
+    return NormView(
+        weight=getattr(module, "weight", None),
+        bias=getattr(module, "bias", None),
+        eps=eps,
+        offset=norms.offset,
+        kind=norms.kind,
+    )

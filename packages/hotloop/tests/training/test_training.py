@@ -1,0 +1,218 @@
+"""Runs: resume, checkpoints, metrics, and every way in which a run stops."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hotloop.training.directory import RunDirectory
+from hotloop.training.recipe import Recipe
+from hotloop.training.run import Run
+from hotloop_core.errors import (
+    ConfigError,
+    DataError,
+    DeviceMemoryError,
+    ExportError,
+    GradientError,
+    OutputExistsError,
+)
+from transformers import Trainer, TrainerCallback
+
+
+class Stop(Exception):
+    pass
+
+
+class StopAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            raise Stop
+
+
+def with_values(recipe: Recipe, section: str, **values: Any) -> Recipe:
+    return recipe.model_copy(
+        update={section: getattr(recipe, section).model_copy(update=values)}
+    )
+
+
+def adapter_of(recipe: Recipe) -> dict[str, torch.Tensor]:
+    file = Path(recipe.output.directory) / "adapter" / "adapter_model.safetensors"
+    return safetensors.torch.load_file(file)
+
+
+def interrupted(recipe: Recipe, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Trainer.train
+
+    def train(self: Trainer, **arguments: Any) -> Any:
+        self.add_callback(StopAfter(at))
+        return original(self, **arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop), Run(recipe) as run:
+        patch.setattr(Trainer, "train", train)
+        run.train()
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_resumed_run_equals_one_that_did_not_stop_bit_for_bit(
+    recipe: Recipe, tmp_path: Path, packing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without packing an epoch is 54 steps; with it, seven, so the second epoch is resumed in its middle.
+    recipe = with_values(recipe, "data", packing=packing)
+    whole = with_values(recipe, "output", directory=str(tmp_path / "whole"))
+    with Run(whole) as run:
+        report = run.train()
+    interrupted(recipe, 11, monkeypatch)
+    with Run(recipe, resume=True) as run:
+        resumed = run.train()
+
+    expected, found = adapter_of(whole), adapter_of(recipe)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert resumed.train_loss == report.train_loss
+    assert resumed.held_out_after == report.held_out_after
+    assert resumed.tokens == report.tokens
+    steps = [row["step"] for row in RunDirectory(recipe.output.directory).read_metrics() if "loss" in row]
+    assert steps == list(range(1, 13))
+
+
+def test_a_run_leaves_its_recipe_metrics_plot_adapter_and_report(recipe: Recipe) -> None:
+    with Run(recipe) as run:
+        report = run.train()
+    directory = RunDirectory(recipe.output.directory)
+    assert directory.plot.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(directory.report.read_text())["steps"] == report.steps == 12
+    assert [c.name for c in directory.whole_checkpoints()] == ["checkpoint-10", "checkpoint-12"]
+    assert report.held_out_before is not None and report.held_out_after is not None
+    assert report.held_out_after < report.held_out_before
+    assert (directory.adapter / "adapter_model.safetensors").is_file()
+    assert not list(directory.path.rglob("*.partial"))
+
+
+def test_full_fine_tuning_moves_every_weight_and_writes_a_whole_model(recipe: Recipe) -> None:
+    recipe = with_values(recipe.model_copy(update={"lora": None}), "schedule", steps=2, save_every=None)
+    with Run(recipe) as run:
+        before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+        run.train()
+        assert all(not torch.equal(before[n], p) for n, p in run.model.named_parameters())
+    assert (Path(recipe.output.directory) / "model" / "model.safetensors").is_file()
+
+
+def test_held_out_loss_is_the_mean_over_tokens_not_over_batches(recipe: Recipe) -> None:
+    recipe = with_values(recipe, "model", max_seq_len=128)
+    with Run(recipe) as run:
+        assert len(run.held_out_bins) > 1
+        packed = run.held_out_loss()
+        run.held_out_bins.packing = None
+        assert run.held_out_loss() == pytest.approx(packed, rel=1e-5)
+
+
+def test_a_directory_that_exists_is_refused_and_left_alone(recipe: Recipe) -> None:
+    folder = Path(recipe.output.directory)
+    folder.mkdir()
+    (folder / "mine.txt").write_text("precious")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        Run(recipe)
+    with pytest.raises(OutputExistsError, match="not a run directory"):
+        Run(recipe, overwrite=True)
+    assert (folder / "mine.txt").read_text() == "precious"
+
+
+def test_resume_is_refused_where_it_would_be_another_run(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="no run to resume"):
+        Run(recipe, resume=True)
+    interrupted(recipe, 6, monkeypatch)
+    with pytest.raises(ConfigError, match=r"schedule.learning_rate: 0.01 then, 0.5 now"):
+        Run(with_values(recipe, "schedule", learning_rate=0.5), resume=True)
+    rows = Path(recipe.data.path)
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(DataError, match="changed since the run"), Run(recipe, resume=True) as run:
+        run.train()
+
+
+def test_a_checkpoint_that_was_cut_short_is_passed_over(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(recipe, 11, monkeypatch)
+    directory = RunDirectory(recipe.output.directory)
+    newest = directory.newest_checkpoint()
+    assert newest is not None and newest.name == "checkpoint-10"
+    (newest / "whole.json").unlink()
+    older = directory.newest_checkpoint()
+    assert older is not None and older.name == "checkpoint-5"
+
+
+def test_optimizer_state_is_read_without_unpickling_objects(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(recipe, 6, monkeypatch)
+    checkpoint = RunDirectory(recipe.output.directory).newest_checkpoint()
+    assert checkpoint is not None
+    torch.save({"state": Path("x")}, checkpoint / "optimizer.pt")
+    with pytest.raises(Exception, match="[Ww]eights.only"), Run(recipe, resume=True) as run:
+        run.train()
+
+
+def test_gradients_that_are_not_finite_stop_the_run_and_name_the_parameter(recipe: Recipe) -> None:
+    with Run(recipe) as run:
+        name, parameter = next((n, p) for n, p in run.model.named_parameters() if "v_proj.lora_B" in n)
+        parameter.register_hook(lambda gradient: gradient * float("nan"))
+        before = parameter.detach().clone()
+        with pytest.raises(GradientError, match=r"step 1: .*1 \(.*v_proj.lora_B") as caught:
+            run.train()
+        assert name in str(caught.value)
+        assert torch.equal(parameter, before)
+
+
+def test_gradients_that_are_all_zero_stop_the_run(recipe: Recipe) -> None:
+    with Run(recipe) as run:
+        for parameter in run.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(torch.zeros_like)
+        with pytest.raises(GradientError, match="exactly zero"):
+            run.train()
+
+
+def test_a_parameter_that_the_loss_does_not_use_stops_the_run(recipe: Recipe) -> None:
+    with Run(recipe) as run:
+        run.model.register_parameter("stray", torch.nn.Parameter(torch.ones(1)))
+        with pytest.raises(GradientError, match="stray"):
+            run.train()
+
+
+def test_out_of_memory_says_what_was_planned_and_what_shrinks_it(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with Run(recipe) as run:
+        monkeypatch.setattr(Trainer, "training_step", exhausted)
+        with pytest.raises(DeviceMemoryError, match=r"model.bits = 4; model.max_seq_len below 256"):
+            run.train()
+
+
+def test_a_full_disk_is_named_and_earlier_checkpoints_stay(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Trainer._save_checkpoint
+
+    def full(self: Trainer, *arguments: Any) -> None:
+        if self.state.global_step > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
+    with pytest.raises(ExportError, match="disk .* is full"), Run(recipe) as run:
+        run.train()
+    newest = RunDirectory(recipe.output.directory).newest_checkpoint()
+    assert newest is not None and newest.name == "checkpoint-5"

@@ -1,0 +1,212 @@
+"""The tokenizer of a GGUF file, from tokenizer.json and tokenizer_config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from hotloop_core.errors import CheckpointError, ExportError, UnsupportedError
+
+from . import pretokenizers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from .writer import Value
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Token types, as ggml numbers them."""
+
+_SPACE = "\u2581"
+_SPECIAL = {
+    "bos": "bos_token_id",
+    "eos": "eos_token_id",
+    "unk": "unknown_token_id",
+    "sep": "seperator_token_id",  # llama.cpp spells it so
+    "pad": "padding_token_id",
+    "mask": "mask_token_id",
+}
+_TURN_ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>"}
+"""Ends of a turn that llama.cpp recognises by their text."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer's saved files. definition: tokenizer.json; config: tokenizer_config.json."""
+
+    definition: dict[str, Any]
+    config: dict[str, Any]
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def read(source: Path) -> Tokenizer:
+        """The files of a directory.
+
+        Raises:
+            ExportError: there is no tokenizer.json.
+
+        """
+        if not (source / "tokenizer.json").exists():
+            raise ExportError(
+                "a GGUF file holds its tokenizer, and none was given that saves a tokenizer.json. "
+                "Pass the model's tokenizer (a fast one, as AutoTokenizer gives)."
+            )
+        names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+        return Tokenizer(*(_json(source / name) for name in names))
+
+    @cached_property
+    def _model(self) -> dict[str, Any]:
+        return self.definition["model"]
+
+    @cached_property
+    def _added(self) -> dict[int, dict[str, Any]]:
+        return {token["id"]: token for token in self.definition.get("added_tokens", [])}
+
+    @cached_property
+    def merges(self) -> list[tuple[str, str]]:
+        """Pairs that merge, best first (both spellings of tokenizer.json)."""
+        pairs = (m.split(" ", 1) if isinstance(m, str) else m for m in self._model["merges"])
+        return [(left, right) for left, right in pairs]
+
+    @cached_property
+    def tokens(self) -> list[str | None]:
+        """The text of every id, None in gaps."""
+        by_id = {id_: token for token, id_ in self._model["vocab"].items()}
+        by_id |= {id_: token["content"] for id_, token in self._added.items()}
+        return [by_id.get(i) for i in range(max(by_id) + 1)]
+
+    def metadata(
+        self, rows: int, tokenize: Callable[[str], list[int]], chat_template: str | None
+    ) -> dict[str, Value]:
+        """Every `tokenizer.*` key.
+
+        rows: rows of the embedding; more rows than tokens are padded with unused tokens.
+
+        Raises:
+            CheckpointError: more tokens than rows.
+            UnsupportedError: a kind of tokenizer, or a pre-tokenizer, that llama.cpp does not have.
+
+        """
+        if len(self.tokens) > rows:
+            raise CheckpointError(
+                f"the tokenizer has {len(self.tokens)} tokens, the embedding {rows} rows: ids from "
+                f"{rows} on have no vector. Use the tokenizer that the model was trained with, or "
+                f"model.resize_token_embeddings({len(self.tokens)}) before training."
+            )
+        if self._model.get("type") != "BPE":
+            raise UnsupportedError(
+                f"tokenizer.json holds a {self._model.get('type')!r} model; BPE (byte-level or "
+                "SentencePiece-like) is written to GGUF. Export as safetensors."
+            )
+        byte_fallback = bool(self._model.get("byte_fallback"))
+        kind = self._sentencepiece(tokenize) if byte_fallback else self._byte_level(tokenize)
+        texts = [t if t is not None else f"[PAD{i}]" for i, t in enumerate(self.tokens)]
+        texts += [f"[PAD{i}]" for i in range(len(texts), rows)]
+        types = self._types(byte_fallback) + [UNUSED] * (rows - len(self.tokens))
+        if byte_fallback:
+            texts = [
+                text.replace(_SPACE, " ") if type_ == USER_DEFINED else text
+                for text, type_ in zip(texts, types, strict=True)
+            ]
+            scores = self._scores() + [0.0] * (rows - len(self.tokens))
+            kind["tokenizer.ggml.scores"] = scores
+        keys = kind | {"tokenizer.ggml.tokens": texts, "tokenizer.ggml.token_type": types}
+        keys |= self._specials()
+        if chat_template:
+            keys["tokenizer.chat_template"] = chat_template
+        return keys
+
+    def _byte_level(self, tokenize: Callable[[str], list[int]]) -> dict[str, Value]:
+        vocabulary: dict[str, int] = self._model["vocab"]
+        special = {token["content"] for token in self._added.values()}
+        pre = pretokenizers.find(
+            vocabulary, self.merges, tokenize, ordinary=[t for t in vocabulary if t not in special]
+        )
+        return {
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": pre,
+            "tokenizer.ggml.merges": [f"{left} {right}" for left, right in self.merges],
+        }
+
+    def _sentencepiece(self, tokenize: Callable[[str], list[int]]) -> dict[str, Value]:
+        first = tokenize("a")[:1]
+        spaced = bool(first) and (self.tokens[first[0]] or "").startswith(_SPACE)
+        return {
+            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.pre": "default",
+            "tokenizer.ggml.add_space_prefix": spaced,
+        }
+
+    def _scores(self) -> list[float]:
+        """-(merge rank) of the pair that makes a token: the order in which SentencePiece merges.
+
+        A tokenizer.json keeps no scores, and only their order counts.
+        """
+        ranks: dict[str, int] = {}
+        for rank, (left, right) in enumerate(self.merges):
+            ranks.setdefault(left + right, rank)
+        return [-float(ranks.get(token or "", 0)) for token in self.tokens]
+
+    def _types(self, byte_fallback: bool) -> list[int]:
+        unknown = self._model.get("unk_token")
+        types: list[int] = []
+        for id_, token in enumerate(self.tokens):
+            added = self._added.get(id_)
+            if token is None:
+                types.append(UNUSED)
+            elif byte_fallback and token == unknown:
+                types.append(UNKNOWN)
+            elif added is not None:
+                types.append(CONTROL if added["special"] else USER_DEFINED)
+            elif byte_fallback and len(token) == 6 and token.startswith("<0x"):
+                types.append(BYTE)
+            else:
+                types.append(NORMAL)
+        return types
+
+    def _specials(self) -> dict[str, Value]:
+        keys: dict[str, Value] = {}
+        for name, key in _SPECIAL.items():
+            id_ = self._id(self.config.get(f"{name}_token"))
+            if id_ is not None:
+                keys[f"tokenizer.ggml.{key}"] = id_
+        before, after = self._template_ends()
+        bos, eos = keys.get("tokenizer.ggml.bos_token_id"), keys.get("tokenizer.ggml.eos_token_id")
+        keys["tokenizer.ggml.add_bos_token"] = bos is not None and before == bos
+        keys["tokenizer.ggml.add_eos_token"] = eos is not None and after == eos
+        turn_end = self._turn_end(eos)
+        if turn_end is not None:
+            keys["tokenizer.ggml.eot_token_id"] = turn_end
+        return keys
+
+    def _id(self, token: Any) -> int | None:
+        text = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(text, str):
+            return None
+        added = (id_ for id_, entry in self._added.items() if entry["content"] == text)
+        return next(added, self._model["vocab"].get(text))
+
+    def _template_ends(self) -> tuple[int | None, int | None]:
+        """Ids that the post-processor puts before and after a text."""
+        processor = self.definition.get("post_processor") or {}
+        for step in processor.get("processors", [processor]):
+            if step.get("type") == "TemplateProcessing" and step["single"]:
+                ends = (step["single"][0], step["single"][-1])
+                first, last = (end.get("SpecialToken", {}).get("id") for end in ends)
+                return self._id(first), self._id(last)
+        return None, None
+
+    def _turn_end(self, eos: Value | None) -> int | None:
+        """A further end that generation stops at, where llama.cpp would not know it by its text."""
+        ends = self.generation.get("eos_token_id")
+        others = [i for i in (ends if isinstance(ends, list) else [ends]) if i not in (None, eos)]
+        if not others or _TURN_ENDS.intersection(t for t in self.tokens if t):
+            return None
+        return others[0]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

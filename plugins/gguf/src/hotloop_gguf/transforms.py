@@ -1,0 +1,58 @@
+"""The transforms that a family can name for a role in its `ExportFacts.transforms`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hotloop_core.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hotloop_core import ModelFacts
+    from torch import Tensor
+
+
+def rope_interleave_q(tensor: Tensor, facts: ModelFacts) -> Tensor:
+    """Rows of each query head from two halves (transformers) to even/odd pairs (ggml's NORM rope).
+
+    tensor: [heads * head_dim, ...], a weight or a bias.
+    """
+    return _interleave(tensor, facts.heads)
+
+
+def rope_interleave_k(tensor: Tensor, facts: ModelFacts) -> Tensor:
+    """The same for the key heads."""
+    return _interleave(tensor, facts.kv_heads)
+
+
+def add_one(tensor: Tensor, facts: ModelFacts) -> Tensor:
+    """1 + w in float32, for norms that transformers computes as x (1 + w) and ggml as x w."""
+    return tensor.float() + 1.0
+
+
+def _interleave(tensor: Tensor, heads: int) -> Tensor:
+    by_half = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    return by_half.transpose(1, 2).reshape(tensor.shape)
+
+
+TRANSFORMS: dict[str, Callable[[Tensor, ModelFacts], Tensor]] = {
+    "rope_interleave_q": rope_interleave_q,
+    "rope_interleave_k": rope_interleave_k,
+    "add_one": add_one,
+}
+
+
+def transform_named(name: str) -> Callable[[Tensor, ModelFacts], Tensor]:
+    """The transform of that name.
+
+    Raises:
+        UnsupportedError: there is none.
+
+    """
+    if name not in TRANSFORMS:
+        raise UnsupportedError(
+            f"the family names the transform {name!r}; this exporter has {', '.join(TRANSFORMS)}. "
+            "Upgrade hotloop-gguf, or correct the family's ExportFacts."
+        )
+    return TRANSFORMS[name]

@@ -1,0 +1,129 @@
+"""The GGUF file format, version 3: header, metadata, tensor infos, then the tensors' bytes, aligned.
+
+Source: docs/gguf.md of ggml. Everything before the data is known before any value is, so a file is
+written one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from hotloop_core.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from hotloop_core.files import HashingFile
+
+ALIGNMENT = 32
+Scalar = int | float | bool | str
+Value = Scalar | list[int] | list[float] | list[str]
+
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+
+
+@dataclass(frozen=True)
+class Block:
+    """A storage type: its number in ggml, `values` elements stored in `bytes` bytes."""
+
+    name: str
+    number: int
+    values: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor's place: shape as torch says it (GGUF writes it reversed) and its storage type."""
+
+    name: str
+    shape: tuple[int, ...]
+    block: Block
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data, without padding."""
+        return prod(self.shape) // self.block.values * self.block.bytes
+
+
+class GgufWriter:
+    """Writes one file: the header at once, then each tensor's bytes, in the order of `tensors`."""
+
+    def __init__(
+        self, file: HashingFile, metadata: Mapping[str, Value], tensors: Sequence[TensorInfo]
+    ) -> None:
+        self._file = file
+        self._waiting = list(reversed(tensors))
+        file.write(header(metadata, tensors))
+
+    def write(self, name: str, parts: Iterable[memoryview]) -> None:
+        """The bytes of the next tensor, in parts.
+
+        Raises:
+            ExportError: it is not the next one, or its size is not the announced one.
+
+        """
+        info = self._waiting.pop()
+        written = sum(self._file.write(part) for part in parts)
+        if (name, written) != (info.name, info.bytes):
+            raise ExportError(
+                f"{info.name} ({info.bytes} bytes) was announced and {name} ({written} bytes) "
+                "written; this is a fault of the exporter"
+            )
+        self._file.write(b"\0" * (-written % ALIGNMENT))
+
+
+def header(metadata: Mapping[str, Value], tensors: Sequence[TensorInfo]) -> bytes:
+    """Everything before the tensor data, padded to the alignment."""
+    out = bytearray(b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata)))
+    for key, value in metadata.items():
+        out += _string(key) + _typed(key, value)
+    offset = 0
+    for tensor in tensors:
+        dims = tuple(reversed(tensor.shape))
+        out += _string(tensor.name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+        out += struct.pack("<IQ", tensor.block.number, offset)
+        offset += tensor.bytes + -tensor.bytes % ALIGNMENT
+    return bytes(out) + b"\0" * (-len(out) % ALIGNMENT)
+
+
+def data_bytes(tensors: Sequence[TensorInfo]) -> int:
+    """Size of the data section."""
+    return sum(tensor.bytes + -tensor.bytes % ALIGNMENT for tensor in tensors)
+
+
+def _string(text: str) -> bytes:
+    data = text.encode("utf-8", errors="surrogatepass")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _typed(key: str, value: Value) -> bytes:
+    if not isinstance(value, list):
+        kind, data = _scalar(key, value)
+        return struct.pack("<I", kind) + data
+    if not value:
+        raise ExportError(f"metadata {key!r} is an empty list, whose type GGUF cannot say; omit it")
+    head = struct.pack("<I", _ARRAY)
+    first = value[0]
+    if isinstance(first, str):
+        strings = b"".join(_string(str(item)) for item in value)
+        return head + struct.pack("<IQ", _STRING, len(value)) + strings
+    kind, code = (_INT32, "i") if isinstance(first, int) else (_FLOAT32, "f")
+    return head + struct.pack(f"<IQ{len(value)}{code}", kind, len(value), *value)
+
+
+def _scalar(key: str, value: Scalar) -> tuple[int, bytes]:
+    if isinstance(value, bool):
+        return _BOOL, struct.pack("<?", value)
+    if isinstance(value, int):
+        return _UINT32, struct.pack("<I", value)
+    if isinstance(value, float):
+        return _FLOAT32, struct.pack("<f", value)
+    if isinstance(value, str):
+        return _STRING, _string(value)
+    raise ExportError(
+        f"metadata {key!r} is {value!r}; GGUF holds numbers, booleans, strings and lists of them"
+    )

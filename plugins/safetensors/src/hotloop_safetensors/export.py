@@ -1,0 +1,144 @@
+"""Writes a checkpoint directory: tokenizer, weights tensor by tensor, index, config last."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from hotloop_core.errors import ConfigError, ExportError
+from hotloop_core.exporter import ExportReport, round_tensor
+from hotloop_core.files import Outputs
+
+from .layout import Stored, header, shards
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hotloop_core import ExportRequest, TensorEntry
+    from hotloop_core.files import HashingFile
+    from torch import Tensor
+
+_WEIGHTS = {"merged": "model", "adapter": "adapter_model"}
+_LAST = {"merged": "config.json", "adapter": "adapter_config.json"}
+"""Nothing loads the directory before this file is there, so it is renamed last."""
+
+
+def export(request: ExportRequest) -> ExportReport:
+    """Writes what `request` asks for; memory stays bounded by the largest tensor.
+
+    Raises:
+        ConfigError: several quantisations at once, which would share file names.
+        OutputExistsError, ExportError: see `hotloop_core.files.Outputs`.
+
+    """
+    if len(request.quants) != 1:
+        raise ConfigError(
+            f"safetensors writes one of {', '.join(request.quants)} to a directory, since the file "
+            "names are the same; export each into a directory of its own"
+        )
+    config = _config(request)
+    stored = [Stored(entry, _dtype(request, config, entry)) for entry in request.tensors]
+    stem = _WEIGHTS[request.contents]
+    files = _named(stem, shards(stored, _limit(request)))
+    side = sorted(_side_files(request))
+    with Outputs(request.directory, overwrite=request.overwrite) as outputs:
+        outputs.check([*(file.name for file in side), *files, _LAST[request.contents]])
+        outputs.replace(_of_an_older_export(request, stem))
+        outputs.require_space(sum(tensor.bytes for tensor in stored))
+        for file in side:
+            outputs.copy(file)
+        _write_weights(request, outputs, files, len(stored))
+        if len(files) > 1:
+            outputs.write(f"{stem}.safetensors.index.json", _index(files))
+        outputs.write(_LAST[request.contents], json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return ExportReport(
+        format="safetensors",
+        quants=request.quants,
+        files=tuple(outputs.files),
+        tensors=len(stored),
+    )
+
+
+def _limit(request: ExportRequest) -> int:
+    if request.max_shard_bytes <= 0:
+        raise ConfigError(f"max_shard_bytes is {request.max_shard_bytes}, expected at least 1")
+    # PEFT reads an adapter from one file only.
+    return request.max_shard_bytes if request.contents == "merged" else 2**62
+
+
+def _config(request: ExportRequest) -> dict[str, Any]:
+    file = request.source / _LAST[request.contents]
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if request.contents == "merged":
+        half = "float16" if config.get("dtype") == "float16" else "bfloat16"
+        config["dtype"] = half if request.quants == ("16bit",) else "float32"
+    return config
+
+
+def _dtype(request: ExportRequest, config: dict[str, Any], entry: TensorEntry) -> str:
+    import torch
+
+    floating = getattr(torch, entry.dtype).is_floating_point
+    return config["dtype"] if floating and request.contents == "merged" else entry.dtype
+
+
+def _side_files(request: ExportRequest) -> Iterable[Any]:
+    skipped = {_LAST[request.contents], "adapter_model.safetensors"}
+    return (f for f in request.source.iterdir() if f.is_file() and f.name not in skipped)
+
+
+def _of_an_older_export(request: ExportRequest, stem: str) -> set[str]:
+    """Weights that transformers would load instead of, or beside, what is written now."""
+    patterns = (
+        f"{stem}.safetensors",
+        f"{stem}-*-of-*.safetensors",
+        f"{stem}.safetensors.index.json",
+    )
+    return {file.name for pattern in patterns for file in request.directory.glob(pattern)}
+
+
+def _named(stem: str, groups: list[list[Stored]]) -> dict[str, list[Stored]]:
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    total = len(groups)
+    return {f"{stem}-{i:05}-of-{total:05}.safetensors": g for i, g in enumerate(groups, 1)}
+
+
+def _write_weights(
+    request: ExportRequest, outputs: Outputs, files: dict[str, list[Stored]], total: int
+) -> None:
+    done = 0
+    for name, tensors in files.items():
+        with outputs.open(name) as file:
+            file.write(header(tensors))
+            for tensor in tensors:
+                _write_tensor(file, tensor)
+                done += 1
+                if request.progress is not None:
+                    request.progress(done, total, tensor.entry.name)
+
+
+def _write_tensor(file: HashingFile, tensor: Stored) -> None:
+    import torch
+
+    entry = tensor.entry
+    value = entry.load()
+    if tuple(value.shape) != entry.shape:
+        raise ExportError(
+            f"{entry.name} was announced with shape {entry.shape} and loaded with "
+            f"{tuple(value.shape)}; this is a fault of the tensor stream"
+        )
+    file.write(_bytes(round_tensor(value, getattr(torch, tensor.dtype), entry.name)))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    return tensor.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _index(files: dict[str, list[Stored]]) -> str:
+    size = sum(tensor.bytes for tensors in files.values() for tensor in tensors)
+    places = {t.entry.name: name for name, tensors in files.items() for t in tensors}
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    return json.dumps(index, indent=2) + "\n"
