@@ -33,10 +33,10 @@ class Timing:
     p80_ms: float
 
 
-def rotation(make: Callable[[], Item], bytes_each: int, *, least: int = 2) -> list[Item]:
+def rotation(make: Callable[[], Item], bytes_each: int) -> list[Item]:
     """As many sets of inputs as fill the L2 cache four times over, so that each meets it cold."""
     cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-    return [make() for _ in range(max(least, -(-4 * cache_bytes // max(1, bytes_each))))]
+    return [make() for _ in range(-(-4 * cache_bytes // max(1, bytes_each)))]
 
 
 def time_in_turn(

@@ -15,7 +15,7 @@ from hotloop_engine.ops.linear_cross_entropy import (
     linear_log_probs,
     shift_labels,
 )
-from hotloop_testkit.numerics import assert_no_worse_than, poisoned_buffers
+from hotloop_testkit.numerics import assert_no_worse_than, poisoned_buffers, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,9 +29,9 @@ OPTIONS = {
     "plain": PLAIN,
     "smoothing": HeadLossOptions(label_smoothing=0.2),
     "softcap": HeadLossOptions(softcap=2.0),
-    "scale": HeadLossOptions(scale=0.3),
+    "scale": HeadLossOptions(scale=0.5),
     "z_loss": HeadLossOptions(z_loss=1e-2),
-    "temperature": HeadLossOptions(temperature=0.7),
+    "temperature": HeadLossOptions(temperature=2.0),
     "everything": EVERYTHING,
 }
 SIZES = [(1, 5, 8), (13, 37, 24), (6, 4100, 16)]  # T, V, D; 4,100 is more than one block of logits
@@ -65,12 +65,12 @@ def head(
     labels = torch.randint(V, (T,), device=device)
     labels[2::3] = -100
     hidden = torch.randn(T, D, device=device).to(dtype)
-    weight = (torch.randn(V, D, device=device) * 2 / D**0.5).to(dtype)
+    weight = (torch.randn(V, D, device=device) / D**0.5).to(dtype)
     return Head(hidden, weight, torch.randn(V, device=device).to(dtype) if bias else None, labels)
 
 
 def eager(one: Head, options: HeadLossOptions) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, log_prob, entropy) of each label by autograd: logits in the dtype, the rest in fp32."""
+    """(loss, log_prob, entropy) of each label: logits in the dtype, the rest in fp32."""
     logits = F.linear(one.hidden, one.weight, one.bias) * options.scale
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
@@ -122,11 +122,15 @@ def test_the_summed_loss_and_its_gradients_are_no_worse_than_eager(
             impl=impl,
         )
         mine = measured(ours, loss)
-    assert_no_worse_than(
+    compared = (
         mine,
         measured(plain, eager(plain, options)[0].sum() / 7),
         measured(exact, eager(exact, options)[0].sum() / 7),
     )
+    # One number out of rounded logits: eager's errors may cancel by luck, so 16-bit has a floor.
+    losses = ({"loss": values.pop("loss")} for values in compared)
+    assert_no_worse_than(*losses, floor=max(2e-6, torch.finfo(dtype).eps / 8))
+    assert_no_worse_than(*compared)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -189,6 +193,18 @@ def test_the_reference_passes_gradcheck_in_fp64(options) -> None:
         )[:3]
 
     assert torch.autograd.gradcheck(outputs, one[:3], fast_mode=True)
+
+
+@pytest.mark.parametrize("num_items", [None, 13, torch.tensor(13.0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_frozen_heads_gradient_is_rounded_no_more_often_than_eagers(num_items, dtype) -> None:
+    made = head(13, 37, 24, dtype, bias=False)
+    made.labels.clamp_min_(0)
+    ours, plain = (made.to(dtype, train="hidden") for _ in range(2))
+    linear_cross_entropy(ours.hidden, ours.weight, ours.labels, num_items=num_items).backward()
+    eager(plain, PLAIN)[0].mean().backward()
+    # One rounding more would differ by a third of the dtype's epsilon.
+    assert relative_error(ours.hidden.grad, plain.hidden.grad) < 0.1 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -320,9 +336,8 @@ def test_a_second_backward_through_recomputed_logits_gives_the_same_gradient() -
 def test_a_gradient_of_the_gradient_raises() -> None:
     one = head(6, 11, 4, torch.float32).to(torch.float32)
     loss = linear_cross_entropy(one.hidden, one.weight, one.labels)
-    (gradient,) = torch.autograd.grad(loss, one.hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(GradientError, match="create_graph"):
+        torch.autograd.grad(loss, one.hidden, create_graph=True)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -451,7 +466,7 @@ def test_an_fp32_head_of_16_bit_hidden_states_gets_an_fp32_gradient() -> None:
     ids=["hidden size", "tokens", "label dtype", "head dtype"],
 )
 def test_operands_that_do_not_go_together_are_refused(hidden, weight, labels) -> None:
-    with pytest.raises(UnsupportedError, match="expected|Cast one"):
+    with pytest.raises(UnsupportedError, match=r"expected|Cast one"):
         linear_cross_entropy(hidden, weight, labels)
 
 

@@ -19,10 +19,8 @@ def eager_rms_norm(x, w, *, eps, offset, residual):
     s = x if residual is None else x + residual
     wide = s.to(torch.promote_types(s.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if offset:
-        y = (normed * (offset + w.to(wide.dtype))).to(x.dtype)
-    else:
-        y = w * normed.to(x.dtype)
+    gemma = (normed * (offset + w.to(wide.dtype))).to(x.dtype)
+    y = gemma if offset else w * normed.to(x.dtype)
     return y if residual is None else (y, s)
 
 
@@ -66,7 +64,7 @@ def check(impl, T, D, dtype, offset, residual, device=DEVICE):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("T, D, offset", [(1, 64, 0.0), (63, 100, 1.0), (200, 1000, 0.0)])
+@pytest.mark.parametrize("T, D, offset", [(1, 64, 0.0), (63, 100, 1.0), (35, 1000, 0.0)])
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 def test_rms_norm_and_its_gradients_are_no_worse_than_eager(impl, dtype, T, D, offset, residual):
     check(impl, T, D, dtype, offset, residual)

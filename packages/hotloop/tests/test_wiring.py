@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from hotloop.wiring import receipt_of, wire
-from hotloop_core.errors import PlanError, UnwireError, WireError
+from hotloop_core.errors import HotloopError, PlanError, UnwireError, WireError
 from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, Plan
 from hotloop_testkit.numerics import assert_no_worse_than
 from peft import LoraConfig, get_peft_model
@@ -60,7 +60,9 @@ def plan_for(model, layer):
 
 @pytest.mark.parametrize("layer_plan", [KEEP_ALL, RECOMPUTE_ALL], ids=["keep", "recompute"])
 @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"attention_bias": True, "mlp_bias": True}, {"tie_word_embeddings": True}]
+)
 def test_loss_and_every_gradient_are_those_of_eager(layer_plan, lora, changes):
     model = tiny(**changes)
     model = with_lora(model) if lora else model
@@ -93,6 +95,9 @@ def test_padded_rows_have_the_loss_of_eager():
     mask = torch.ones_like(inputs["input_ids"])
     mask[0, 11:], mask[1, :4] = 0, 0
     labels = inputs["labels"].masked_fill(mask == 0, -100)
+    labels[
+        1, 4
+    ] = -100  # eager lets the padding before it predict it; here padding predicts nothing
     inputs = {**inputs, "attention_mask": mask, "labels": labels}
     expected = loss_and_gradients(model, inputs)
     wire(model)
@@ -166,7 +171,9 @@ def test_names_signature_and_config_survive(tmp_path):
     model.save_pretrained(tmp_path)
     text = (tmp_path / "config.json").read_text()
     assert "hotloop" not in text and "LlamaForCausalLM" in text
-    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
+    assert torch.equal(
+        LlamaForCausalLM.from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight
+    )
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -231,11 +238,17 @@ def test_a_second_backward_is_an_error_that_says_so():
     wire(model)
     loss = model(**batch()).loss
     loss.backward(retain_graph=True)
-    with pytest.raises((PlanError, RuntimeError), match=r"second (time|backward)"):
+    with pytest.raises(HotloopError, match="second"):
         loss.backward()
+    hidden = model.base_model.model.model(input_ids=batch()["input_ids"]).last_hidden_state
+    hidden.sum().backward(retain_graph=True)
+    with pytest.raises(PlanError, match="a second time"):
+        hidden.sum().backward()
 
 
-@pytest.mark.parametrize("enable", ["gradient_checkpointing_enable", "activation_checkpointing_enable"])
+@pytest.mark.parametrize(
+    "enable", ["gradient_checkpointing_enable", "activation_checkpointing_enable"]
+)
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
 def test_transformers_checkpointing_does_not_run_layers_twice(enable, monkeypatch):
     from hotloop_engine.blocks import MlpBlock
@@ -258,7 +271,10 @@ def test_transformers_checkpointing_does_not_run_layers_twice(enable, monkeypatc
     "change, exception",
     [
         (lambda m: m.model.layers[1].mlp.register_forward_hook(lambda *a: None), "hooks"),
-        (lambda m: m.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *a: None), "hooks"),
+        (
+            lambda m: m.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda *a: None),
+            "hooks",
+        ),
     ],
 )
 def test_foreign_hooks_are_refused_by_name_or_run_in_the_models_own_code(change, exception):
@@ -315,7 +331,9 @@ def test_hidden_states_and_attentions_are_those_of_the_model():
     wire(model)
     found = model(**inputs, output_hidden_states=True, output_attentions=True)
     assert len(found.hidden_states) == len(expected.hidden_states)
-    for a, b in zip(found.hidden_states + found.attentions, expected.hidden_states + expected.attentions):
+    for a, b in zip(
+        found.hidden_states + found.attentions, expected.hidden_states + expected.attentions
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert_same(loss_and_gradients(model.train(), batch()), loss_and_gradients(tiny(), batch()))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .errors import ConfigError, ExportError
@@ -77,7 +76,7 @@ class ExportRequest:
     overwrite: bool = False
     max_shard_bytes: int = 5 * 10**9
     progress: Callable[[int, int, str], None] | None = None
-    metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +96,7 @@ class ExportReport:
     quants: tuple[str, ...]
     files: tuple[ExportedFile, ...]
     tensors: int
-    dropped: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    dropped: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -127,7 +126,7 @@ class ExporterSpec:
     target: str
     summary: str
     quants: Mapping[str, str]
-    aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    aliases: Mapping[str, str] = field(default_factory=dict)
     adapter_quants: frozenset[str] = frozenset()
 
     def resolve(self, quant: str) -> str:
@@ -153,17 +152,16 @@ def round_tensor(tensor: Tensor, to: dtype, name: str) -> Tensor:
     """`tensor` in the dtype `to`, rounded once to nearest even.
 
     Raises:
-        ExportError: a finite value is too large for `to` (float16 ends at 65,504).
+        ExportError: a value is too large for `to` (float16 ends at 65,504).
 
     """
-    rounded = tensor.to(to)
-    if (
-        to.is_floating_point
-        and to.itemsize < tensor.dtype.itemsize
-        and not rounded.isfinite().all()
-    ):
-        raise ExportError(
-            f"{name}: a value of {float(tensor.abs().max()):.3g} does not fit {to}. "
-            "Export as bfloat16 or float32 instead."
-        )
-    return rounded
+    from torch import finfo
+
+    if to.is_floating_point and to.itemsize < tensor.dtype.itemsize and tensor.numel():
+        low, high = (float(end) for end in tensor.aminmax())
+        if max(-low, high) > finfo(to).max:
+            raise ExportError(
+                f"{name}: a value of {max(-low, high):.3g} does not fit {to}. "
+                "Export as bfloat16 or float32 instead."
+            )
+    return tensor.to(to)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Literal
 
 API = 1
@@ -158,9 +157,9 @@ class ExportFacts:
     """
 
     architecture: str
-    names: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    transforms: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    names: Mapping[str, str] = field(default_factory=dict)
+    transforms: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +181,7 @@ class FamilySpec:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    exports: Mapping[str, ExportFacts] = field(default_factory=lambda: MappingProxyType({}))
+    exports: Mapping[str, ExportFacts] = field(default_factory=dict)
     examples: tuple[str, ...] = ()
 
     def layer_spec(self, config: Config, index: int) -> LayerSpec:

@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .facts import ModelFacts
 
 GIB = 2**30
+
+
+def amount(size: float) -> str:
+    """Bytes for a reader: "3.41 GiB", and in MiB below a tenth of one."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
 
 
 class Placement(StrEnum):
@@ -57,7 +61,7 @@ def saved_tensors(facts: ModelFacts) -> tuple[SavedTensor, ...]:
 class LayerPlan:
     """One layer: tensor name -> placement (a name that is not there is kept), and whether its weights are streamed."""
 
-    placements: Mapping[str, Placement] = field(default_factory=lambda: MappingProxyType({}))
+    placements: Mapping[str, Placement] = field(default_factory=dict)
     streamed: bool = False
 
     def placement(self, name: str) -> Placement:
@@ -81,9 +85,7 @@ class LayerPlan:
 
 KEEP_ALL = LayerPlan()
 RECOMPUTE_ALL = LayerPlan(
-    placements=MappingProxyType(
-        {name: Placement.RECOMPUTE for name in ("qkv", "attention", "x_mid", "gate_up")}
-    )
+    placements={name: Placement.RECOMPUTE for name in ("qkv", "attention", "x_mid", "gate_up")}
 )
 
 
@@ -99,8 +101,8 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     tokens: int
     longest: int
-    memory: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    step_ms: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    memory: Mapping[str, int] = field(default_factory=dict)
+    step_ms: Mapping[str, float] = field(default_factory=dict)
     budget: int | None = None
     card: str | None = None
     notes: tuple[str, ...] = ()
@@ -119,15 +121,15 @@ class Plan:
             lines.append(f"  {which}: {layer}")
             first = last + 1
         for name, size in self.memory.items():
-            lines.append(f"  {name:<34}{size / GIB:8.2f} GiB")
+            lines.append(f"  {name:<34}{amount(size):>12}")
         if self.memory:
-            budget = "" if self.budget is None else f" of {self.budget / GIB:.2f} GiB"
-            lines.append(f"  {'predicted peak':<34}{self.peak_bytes / GIB:8.2f} GiB{budget}")
+            budget = "" if self.budget is None else f" of {amount(self.budget)}"
+            lines.append(f"  {'predicted peak':<34}{amount(self.peak_bytes):>12}{budget}")
         for name, ms in self.step_ms.items():
-            lines.append(f"  {name:<34}{ms:8.1f} ms")
+            lines.append(f"  {name:<34}{ms:9.1f} ms")
         if self.step_ms:
             total = sum(self.step_ms.values())
             on = f" on {self.card}" if self.card else ""
             rate = f", {self.tokens / total * 1e3:,.0f} tokens/s"
-            lines.append(f"  {'predicted step':<34}{total:8.1f} ms{on}{rate}")
+            lines.append(f"  {'predicted step':<34}{total:9.1f} ms{on}{rate}")
         return "\n".join(lines + [f"  {note}" for note in self.notes])

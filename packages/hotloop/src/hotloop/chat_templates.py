@@ -92,7 +92,13 @@ def get_chat_template(
     return tokenizer
 
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def standardize_data_formats(dataset: Any) -> Any:
@@ -128,19 +134,19 @@ def _standard_message(message: Mapping[str, Any]) -> dict[str, Any]:
     speaker, content = ("from", "value") if "from" in message else ("role", "content")
     role = _ROLES.get(str(message.get(speaker)).lower())
     if role is None or content not in message:
-        raise DataError(f"a message is {dict(message)!r}; expected from/value or role/content of {', '.join(_ROLES)}")
+        raise DataError(
+            f"a message is {dict(message)!r}; expected from/value or role/content of {', '.join(_ROLES)}"
+        )
     return {"role": role, "content": message[content]}
 
 
-def train_on_responses_only(
-    trainer: Trainer, instruction_part: str, response_part: str
-) -> Trainer:
-    """Masks every token of the trainer's data that is not part of an answer.
+def train_on_responses_only(trainer: Trainer, instruction_part: str, response_part: str) -> Trainer:
+    r"""Masks every token of the trainer's data that is not part of an answer.
 
     Args:
         trainer: a TRL `SFTTrainer` whose data is tokenised already; its data sets are replaced.
-        instruction_part: the text that starts a question, as the chat template writes it ("<|im_start|>user\\n").
-        response_part: the text that starts an answer ("<|im_start|>assistant\\n").
+        instruction_part: the text that starts a question, as the chat template writes it ("<|im_start|>user\n").
+        response_part: the text that starts an answer ("<|im_start|>assistant\n").
 
     Raises:
         DataError: the data has no `input_ids`, or no row of it has an answer.

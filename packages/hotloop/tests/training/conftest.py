@@ -82,22 +82,3 @@ def recipe(model_dir: Path, tmp_path: Path) -> Recipe:
             "output": {"directory": str(tmp_path / "run")},
         }
     )
-
-
-@pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    """TEMPORARY."""
-    from hotloop.training import models, run
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoTokenizer
-
-    def build(recipe: Recipe) -> Any:
-        model = LlamaForCausalLM.from_pretrained(recipe.model.name, dtype=torch.float32)
-        tok = AutoTokenizer.from_pretrained(recipe.model.name)
-        torch.manual_seed(0)
-        if recipe.lora:
-            model = get_peft_model(model, LoraConfig(r=recipe.lora.r, lora_alpha=recipe.lora.alpha, lora_dropout=recipe.lora.dropout, target_modules="all-linear"))
-        return model, tok
-
-    monkeypatch.setattr(run, "build", build)
-    monkeypatch.setattr(run, "plan_batch", lambda *a, **k: None)

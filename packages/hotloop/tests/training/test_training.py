@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import safetensors.torch
 import torch
 from hotloop.training.directory import RunDirectory
-from hotloop.training.recipe import Recipe
 from hotloop.training.run import Run
 from hotloop_core.errors import (
     ConfigError,
@@ -22,6 +21,9 @@ from hotloop_core.errors import (
     OutputExistsError,
 )
 from transformers import Trainer, TrainerCallback
+
+if TYPE_CHECKING:
+    from hotloop.training.recipe import Recipe
 
 
 class Stop(Exception):
@@ -38,9 +40,7 @@ class StopAfter(TrainerCallback):
 
 
 def with_values(recipe: Recipe, section: str, **values: Any) -> Recipe:
-    return recipe.model_copy(
-        update={section: getattr(recipe, section).model_copy(update=values)}
-    )
+    return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
 
 
 def adapter_of(recipe: Recipe) -> dict[str, torch.Tensor]:
@@ -79,7 +79,9 @@ def test_a_resumed_run_equals_one_that_did_not_stop_bit_for_bit(
     assert resumed.train_loss == report.train_loss
     assert resumed.held_out_after == report.held_out_after
     assert resumed.tokens == report.tokens
-    steps = [row["step"] for row in RunDirectory(recipe.output.directory).read_metrics() if "loss" in row]
+    steps = [
+        row["step"] for row in RunDirectory(recipe.output.directory).read_metrics() if "loss" in row
+    ]
     assert steps == list(range(1, 13))
 
 
@@ -97,7 +99,9 @@ def test_a_run_leaves_its_recipe_metrics_plot_adapter_and_report(recipe: Recipe)
 
 
 def test_full_fine_tuning_moves_every_weight_and_writes_a_whole_model(recipe: Recipe) -> None:
-    recipe = with_values(recipe.model_copy(update={"lora": None}), "schedule", steps=2, save_every=None)
+    recipe = with_values(
+        recipe.model_copy(update={"lora": None}), "schedule", steps=2, save_every=None
+    )
     with Run(recipe) as run:
         before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
         run.train()
@@ -158,13 +162,15 @@ def test_optimizer_state_is_read_without_unpickling_objects(
     checkpoint = RunDirectory(recipe.output.directory).newest_checkpoint()
     assert checkpoint is not None
     torch.save({"state": Path("x")}, checkpoint / "optimizer.pt")
-    with pytest.raises(Exception, match="[Ww]eights.only"), Run(recipe, resume=True) as run:
+    with pytest.raises(Exception, match=r"[Ww]eights.only"), Run(recipe, resume=True) as run:
         run.train()
 
 
 def test_gradients_that_are_not_finite_stop_the_run_and_name_the_parameter(recipe: Recipe) -> None:
     with Run(recipe) as run:
-        name, parameter = next((n, p) for n, p in run.model.named_parameters() if "v_proj.lora_B" in n)
+        name, parameter = next(
+            (n, p) for n, p in run.model.named_parameters() if "v_proj.lora_B" in n
+        )
         parameter.register_hook(lambda gradient: gradient * float("nan"))
         before = parameter.detach().clone()
         with pytest.raises(GradientError, match=r"step 1: .*1 \(.*v_proj.lora_B") as caught:
@@ -212,7 +218,7 @@ def test_a_full_disk_is_named_and_earlier_checkpoints_stay(
         original(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", full)
-    with pytest.raises(ExportError, match="disk .* is full"), Run(recipe) as run:
+    with pytest.raises(ExportError, match=r"disk .* is full"), Run(recipe) as run:
         run.train()
     newest = RunDirectory(recipe.output.directory).newest_checkpoint()
     assert newest is not None and newest.name == "checkpoint-5"

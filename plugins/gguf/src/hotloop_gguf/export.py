@@ -70,7 +70,7 @@ def export(request: ExportRequest) -> ExportReport:
     return ExportReport(
         format="gguf",
         quants=request.quants,
-        files=tuple(outputs.files),
+        files=tuple(sorted(outputs.files, key=lambda file: names.index(file.path.name))),
         tensors=len(planned),
         notes=_notes(mixes, planned),
     )

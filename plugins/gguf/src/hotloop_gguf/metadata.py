@@ -103,20 +103,19 @@ def _rope_scaling(model: ModelFacts) -> dict[str, Value]:
 
 
 def _yarn(model: ModelFacts, rope: Mapping[str, Any]) -> dict[str, Value]:
+    shape = (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("truncate", True))
+    if shape != (32, 1, True):
+        raise UnsupportedError(
+            f"rope type 'yarn' with beta_fast, beta_slow, truncate = {shape}: llama.cpp computes most "
+            "architectures with (32, 1, True) whatever the file says. Export as safetensors."
+        )
     factor = float(rope["factor"])
     original = rope.get("original_max_position_embeddings") or model.max_positions
     keys: dict[str, Value] = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,
         "rope.scaling.original_context_length": int(original),
-        "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32),
-        "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1),
     }
-    if not rope.get("truncate", True):
-        raise UnsupportedError(
-            "rope type 'yarn' with truncate=False: llama.cpp rounds the range of corrected "
-            "dimensions to whole ones. Export as safetensors."
-        )
     # llama.cpp applies 1 + 0.1 ln(factor) itself; the key multiplies that.
     ratio = _yarn_attention(rope, factor) / (1.0 + 0.1 * math.log(factor))
     if not math.isclose(ratio, 1.0, rel_tol=1e-6):

@@ -14,11 +14,11 @@ from .interface import Backend, Request, names, require
 
 @functools.cache
 def choose(request: Request, device: torch.device, force: str | None = None) -> Backend:
-    """The first backend, in measured order of speed, that can do what is asked; or the one named by `force`.
+    """The first backend, in measured order of speed, that can do what is asked, or the one forced.
 
     Raises:
         ConfigError: `force` names no backend.
-        NoImplementationError: none can (or the forced one cannot); the message has each one's reason.
+        NoImplementationError: none can, or the forced one cannot; with each one's reason.
 
     """
     by_name = {backend.name: backend for backend in BACKENDS}
@@ -44,7 +44,7 @@ def choose(request: Request, device: torch.device, force: str | None = None) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class BackendRow:
-    """One line of `hotloop doctor`: a backend, whether it runs on this device, and what it does there."""
+    """A backend, whether it runs on a device, and what it can do there; for `hotloop doctor`."""
 
     name: str
     available: bool

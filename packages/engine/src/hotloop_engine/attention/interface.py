@@ -305,6 +305,7 @@ def aligned(x: Tensor) -> Tensor:
 
 @functools.cache
 def require(backend: Backend, request: Request, device: torch.device) -> None:
+    """Raises NoImplementationError, with the reason, where the backend refuses the request."""
     if reason := backend.refusal(request, device):
         raise NoImplementationError(
             f"attention backend {backend.name!r} cannot do {request} on {device}: {reason}."
@@ -320,10 +321,12 @@ def _importable(module: str) -> bool:
 
 
 def short_name(dtype: object) -> str:
+    """A dtype without `torch.`; anything else as it is."""
     return str(dtype).removeprefix("torch.")
 
 
 def names(values: frozenset[object] | frozenset[str] | frozenset[torch.dtype]) -> str:
+    """Sorted, with commas between, for messages."""
     return ", ".join(sorted(short_name(value) for value in values))
 
 

@@ -127,7 +127,7 @@ def _attend(
 
 @triton.jit
 def _ranges(row, length, M: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr):
-    """The keys of M queries: the window's edge from low, all visible from full, then the diagonal."""
+    """The keys of M queries: the window's edge from low, all visible from full, the diagonal."""
     end = tl.minimum(row + M, length)
     diagonal = row // N * N
     if WINDOW > 0:

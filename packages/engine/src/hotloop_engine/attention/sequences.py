@@ -92,8 +92,8 @@ class Sequences:
         """Packed rows: a sequence begins where a position is not the one before plus one.
 
         One device wait. The rule is transformers' `find_packed_sequence_indices`. Plain 0, 1, 2,
-        ... gives a dense batch. A single row of ids may stand for `batch` rows, as transformers passes
-        it. Padding that repeats a position becomes sequences of one token.
+        ... gives a dense batch. A single row of ids may stand for `batch` rows, as transformers
+        passes it. Padding that repeats a position becomes sequences of one token.
         """
         _check_rank(position_ids_BS, "position_ids")
         rows = position_ids_BS.shape[0]

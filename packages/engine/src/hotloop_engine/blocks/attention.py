@@ -154,7 +154,15 @@ class AttentionBlock:
         wide = self.qkv.wide(qkv.shape[0], backward=True)
         dq, dk, dv = self._split(wide)
         self._backend(q, k).backward(
-            do_TN.view(o_THK.shape), q, k, v, o_THK, lse, self.sequences, out=(dq, dk, dv), **self._options()
+            do_TN.view(o_THK.shape),
+            q,
+            k,
+            v,
+            o_THK,
+            lse,
+            self.sequences,
+            out=(dq, dk, dv),
+            **self._options(),
         )
         del do_TN, o_THK, q, k, v
         raw_q, raw_k, _ = self._split(qkv)

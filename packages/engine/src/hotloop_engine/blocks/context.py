@@ -60,15 +60,21 @@ class Norm:
         self.context = context
         self._op = context.op("rms_norm" if view.kind == "rms" else "layer_norm")
 
-    def forward(self, x_TD: Tensor, *, out: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, x_TD: Tensor, *, out: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Returns (normed x, statistics [T] for backward). `out` may have another dtype than x."""
         view = self.view
         target = out if out is None or out.dtype == x_TD.dtype else None
         if view.kind == "rms":
-            y, rstd, _ = self._op.forward(x_TD, view.weight, eps=view.eps, offset=view.offset, out=target)
+            y, rstd, _ = self._op.forward(
+                x_TD, view.weight, eps=view.eps, offset=view.offset, out=target
+            )
             statistics: tuple[Tensor, ...] = (rstd,)
         else:
-            y, mean, rstd, _ = self._op.forward(x_TD, view.weight, view.bias, eps=view.eps, out=target)
+            y, mean, rstd, _ = self._op.forward(
+                x_TD, view.weight, view.bias, eps=view.eps, out=target
+            )
             statistics = (mean, rstd)
         if out is not None and target is None:
             out.copy_(y)
@@ -159,7 +165,14 @@ class NormedInput:
             tensor.requires_grad for tensor in self.norm.view.tensors()
         )
         dh = self.group.backward(
-            dy, source, t_TR, e, sink, need_dx=need_dx or norm_trains, seeds=seeds, **(factors or {})
+            dy,
+            source,
+            t_TR,
+            e,
+            sink,
+            need_dx=need_dx or norm_trains,
+            seeds=seeds,
+            **(factors or {}),
         )
         if dh is None:
             return None
@@ -174,7 +187,9 @@ class ResidualOutput:
     Without that norm the residual is added by the GEMM. With it, the projection's output is a named saved tensor.
     """
 
-    def __init__(self, group: LinearGroup, after: Norm | None, context: BlockContext, name: str) -> None:
+    def __init__(
+        self, group: LinearGroup, after: Norm | None, context: BlockContext, name: str
+    ) -> None:
         self.group = group
         self.after = after
         self.context = context

@@ -47,7 +47,10 @@ class MlpBlock:
 
     def forward(self, x_TD: Tensor, saved: Saved) -> Tensor:
         """Returns the residual stream behind the MLP; fills `saved`."""
-        saved["_seeds_gate_up"], saved["_seeds_down"] = draw_seeds(self.gate_up), draw_seeds(self.down)
+        saved["_seeds_gate_up"], saved["_seeds_down"] = (
+            draw_seeds(self.gate_up),
+            draw_seeds(self.down),
+        )
         self._project(x_TD, saved)
         return self._finish(x_TD, saved)
 

@@ -45,7 +45,9 @@ class Block(Protocol):
         ...
 
 
-def run_blocks(blocks: Sequence[Block], x_TD: Tensor, plan: LayerPlan, *, where: str = "layer") -> Tensor:
+def run_blocks(
+    blocks: Sequence[Block], x_TD: Tensor, plan: LayerPlan, *, where: str = "layer"
+) -> Tensor:
     """The blocks one after another on x [T, D]. `where` names the layer in errors.
 
     Without a gradient to compute nothing is saved. Autocast is off inside: the blocks cast explicitly.
@@ -79,7 +81,9 @@ class _Run:
                     self.saved.pop(name, None)
         return x_TD
 
-    def backward(self, dy_TD: Tensor, x_TD: Tensor, sink: GradientSink, need_dx: bool) -> Tensor | None:
+    def backward(
+        self, dy_TD: Tensor, x_TD: Tensor, sink: GradientSink, need_dx: bool
+    ) -> Tensor | None:
         if self.saved is None:
             raise PlanError(
                 f"{self.where}: backward ran a second time through the same forward. Its saved tensors were released "

@@ -72,7 +72,8 @@ def partial_sums(tiles: int, device: torch.device) -> int:
 def require_unit_last(**tensors: torch.Tensor | None) -> None:
     """Refuses a tensor whose last dimension is not contiguous: the kernels would read beside it."""
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise UnsupportedError(
-                f"{name} has strides {tensor.stride()}; the last must be 1. Make it contiguous."
-            )
+        if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 or not tensor.numel():
+            continue
+        raise UnsupportedError(
+            f"{name} has strides {tensor.stride()}; the last must be 1. Make it contiguous."
+        )

@@ -126,12 +126,15 @@ def _without_grad(tensor: Effective) -> Callable[[], Tensor]:
 def _finite(name: str, load: Callable[[], Tensor]) -> Callable[[], Tensor]:
     def checked() -> Tensor:
         tensor = load()
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            bad = int(tensor.numel() - tensor.isfinite().sum())
-            raise ExportError(
-                f"{name} has {bad} of {tensor.numel()} values that are NaN or infinite. Nothing was written; "
-                "training diverged or the checkpoint is damaged: export an earlier checkpoint."
-            )
+        if tensor.is_floating_point() and tensor.numel():
+            ends = tensor.aminmax()  # a NaN anywhere makes both NaN; one pass over the tensor
+            if not (ends.min.isfinite() and ends.max.isfinite()):
+                bad = tensor.numel() - int(tensor.isfinite().sum())
+                raise ExportError(
+                    f"{name} has {bad} of {tensor.numel()} values that are NaN or infinite. Nothing "
+                    "was written: training diverged or the checkpoint is damaged. Export an earlier "
+                    "checkpoint."
+                )
         return tensor
 
     return checked

@@ -1,22 +1,29 @@
-"""What transformers leaves out when it reads a GGUF file: rope factors, and how text is split before BPE.
+"""What a GGUF file says of its config and tokenizer, beyond what transformers reads from it.
 
 transformers (5.17 to 5.23) ignores the tensor `rope_freqs.weight`, which holds Llama 3.1's rope scaling, and the key
-`tokenizer.ggml.pre`, so that a model read by it alone rotates and tokenises otherwise than the one that was written.
+`tokenizer.ggml.pre`, and may add an unknown token that the embedding has no row for: a model read by it alone rotates and
+tokenises otherwise than the one that was written.
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hotloop_core.errors import CheckpointError, ConfigError, UnsupportedError
+from hotloop_core.errors import UnsupportedError
+
+from .gguf_file import GgufFile, read_gguf
 
 if TYPE_CHECKING:
-    import gguf
-    from tokenizers import Tokenizer
+    from collections.abc import Mapping
+    from pathlib import Path
+
     from tokenizers.pre_tokenizers import PreTokenizer
+    from tokenizers.processors import PostProcessor
+    from transformers import PreTrainedTokenizerBase
+
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+"""Kinds of token in `tokenizer.ggml.token_type`."""
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -69,49 +76,76 @@ def gguf_config(path: Path) -> dict[str, Any]:
     """
     from transformers import AutoConfig
 
-    reader = _reader(path)
+    file = read_gguf(path)
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
     except ValueError as error:
         raise UnsupportedError(f"{path.name}: {error}") from error
     config.pop("quantization_config", None)
-    scaling = _llama3_scaling(reader, config)
+    scaling = _llama3_scaling(file, config)
     if scaling is not None:
         config["rope_parameters"] = {**config["rope_parameters"], **scaling}
     return config
 
 
-def fix_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Gives a tokenizer that transformers made from a GGUF the file's own pre-tokenizer and its BOS rule.
-
-    SentencePiece vocabularies (`tokenizer.ggml.model` is "llama") need nothing of this.
+def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a GGUF file: byte-level BPE is built here, SentencePiece-like ones by transformers.
 
     Raises:
         UnsupportedError: the file names a pre-tokenizer that is not known here.
 
     """
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    values = read_gguf(path).metadata
+    if values.get("tokenizer.ggml.model") != "gpt2":
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokens: list[str] = values["tokenizer.ggml.tokens"]
+    pre = values.get("tokenizer.ggml.pre")
+    bpe = models.BPE(
+        vocab={token: index for index, token in enumerate(tokens)},
+        merges=[tuple(pair.split(" ")) for pair in values["tokenizer.ggml.merges"]],
+        ignore_merges=pre in _KEEPS_WHOLE_WORDS,
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre, path)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = _post_processor(values, tokens, adds_bos=pre in _ADDS_BOS)
+    kinds = values.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    added = [
+        AddedToken(token, special=kind == _CONTROL, normalized=False)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    tokenizer.add_tokens(added)
+    roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    ids = {role: values.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        chat_template=values.get("tokenizer.chat_template"),
+        **{f"{role}_token": tokens[index] for role, index in ids.items() if index is not None},
+    )
+
+
+def _post_processor(
+    values: Mapping[str, Any], tokens: list[str], *, adds_bos: bool
+) -> PostProcessor:
+    """Puts the beginning-of-sequence token first where the file, or else its pre-tokenizer's habit, says so."""
     from tokenizers import processors
 
-    reader = _reader(path)
-    if _value(reader, "tokenizer.ggml.model") != "gpt2":
-        return
-    pre = _value(reader, "tokenizer.ggml.pre")
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre, path)
-    if pre in _KEEPS_WHOLE_WORDS:
-        tokenizer.model.ignore_merges = True
-    bos = _value(reader, "tokenizer.ggml.bos_token_id")
-    adds = _value(reader, "tokenizer.ggml.add_bos_token")
     byte_level = processors.ByteLevel(trim_offsets=False)
-    if bos is None or not (pre in _ADDS_BOS if adds is None else adds):
-        tokenizer.post_processor = byte_level
-        return
-    token = tokenizer.id_to_token(bos)
+    bos = values.get("tokenizer.ggml.bos_token_id")
+    if bos is None or not values.get("tokenizer.ggml.add_bos_token", adds_bos):
+        return byte_level
+    token = tokens[bos]
     template = processors.TemplateProcessing(
         single=[token, "$A"],
         pair=[token, "$A", f"{token}:1", "$B:1"],
         special_tokens=[(token, bos)],
     )
-    tokenizer.post_processor = processors.Sequence([byte_level, template])
+    return processors.Sequence([byte_level, template])
 
 
 def _pre_tokenizer(pre: str | None, path: Path) -> PreTokenizer:
@@ -134,38 +168,15 @@ def _pre_tokenizer(pre: str | None, path: Path) -> PreTokenizer:
     return pre_tokenizers.Sequence([split, bytes_only])
 
 
-@lru_cache(maxsize=1)
-def _reader(path: Path) -> gguf.GGUFReader:
-    """The parsed file; the last one is kept, since parsing takes seconds and a load asks three times."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise ConfigError(
-            "reading a GGUF file needs the package gguf: `uv add 'hotloop[gguf]'`"
-        ) from error
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or no GGUF file ({error}); copy or download it again"
-        ) from error
-
-
-def _value(reader: gguf.GGUFReader, key: str) -> Any:
-    field = reader.fields.get(key)
-    return None if field is None else field.contents()
-
-
-def _llama3_scaling(reader: gguf.GGUFReader, config: dict[str, Any]) -> dict[str, Any] | None:
+def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
     """Rope parameters from `rope_freqs.weight`, which divides each frequency (Llama 3.1).
 
     The file holds the divisors, not what made them. Meta's models all have low 1, high 4 and 8,192 original positions;
     the divisors that follow from these and the largest one are compared with the file's.
     """
-    stored = next((t.data for t in reader.tensors if t.name == "rope_freqs.weight"), None)
-    if stored is None:
+    if "rope_freqs.weight" not in file.tensors:
         return None
-    divisors = [float(d) for d in stored.reshape(-1)]
+    divisors = [float(divisor) for divisor in file.floats("rope_freqs.weight")]
     low, high, original, factor = 1.0, 4.0, 8192, max(divisors)
     theta = float(config["rope_parameters"]["rope_theta"])
     expected: list[float] = []

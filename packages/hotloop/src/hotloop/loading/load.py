@@ -198,19 +198,19 @@ def _tokenizer(
 ) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    from .gguf import fix_tokenizer
+    from .gguf import gguf_tokenizer
 
     own = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
     directory = source.adapter if own else source.directory
-    extra = {} if source.gguf is None or own else {"gguf_file": source.gguf}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(directory), trust_remote_code=trust_remote_code, **extra
-        )
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory}: its tokenizer cannot be read: {error}") from error
-    if extra:
-        fix_tokenizer(tokenizer.backend_tokenizer, source.directory / str(source.gguf))
+    if source.gguf is not None and not own:
+        tokenizer = gguf_tokenizer(source.directory / source.gguf)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(directory), trust_remote_code=trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{directory}: its tokenizer cannot be read: {error}") from error
     tokenizer.model_max_length = max_seq_len
     if tokenizer.pad_token is None:
         tokenizer.pad_token = _padding(tokenizer)

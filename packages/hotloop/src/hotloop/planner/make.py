@@ -27,6 +27,7 @@ from hotloop_core import (
     facts_of,
 )
 from hotloop_core.errors import BudgetError, ConfigError, PlanError, UnsupportedError
+from hotloop_core.plan import amount
 
 from .cards import REFERENCE, Card, find_card, present_card
 from .costs import OPTIMIZER_BYTES, Job
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
         "PreTrainedModel | PreTrainedConfig | ModelFacts | Mapping[str, Any] | str | os.PathLike"
     )
 
-GIB = 2**30
 Placements = Literal["keep", "recompute"] | Mapping[str, Placement | str]
 """Fixed choices for every layer: keep all, recompute all, or tensor name -> placement (others are kept)."""
 
@@ -335,12 +335,12 @@ def _best(
     if faster:
         ms, size, _ = min(faster, key=lambda row: row[1])
         notes.append(
-            f"the next faster plan ({(again_ms - ms) / total:.1%} of the step) needs {size / GIB:.2f} GiB"
+            f"the next faster plan ({(again_ms - ms) / total:.1%} of the step) needs {amount(size)}"
         )
     if least[1] < peak:
         slower = (least[0] - again_ms) / total
         notes.append(
-            f"the least memory for this batch is {least[1] / GIB:.2f} GiB, {slower:.0%} slower"
+            f"the least memory for this batch is {amount(least[1])}, {slower:.0%} slower"
         )
     if budget is not None:
         notes.append(
@@ -389,7 +389,7 @@ def _refusal(job: Job, least: int, budget: int, fixed: bool) -> str:
     if longest == 0 and job.ranks:
         changes.append("lower the LoRA rank")
     return (
-        f"{job.tokens:,} tokens a step need at least {least / GIB:.2f} GiB"
-        f"{' with these placements' if fixed else ''}; the budget is {budget / GIB:.2f} GiB "
-        f"(weights {job.weights / GIB:.2f} GiB). To fit: {', or '.join(changes)}."
+        f"{job.tokens:,} tokens a step need at least {amount(least)}"
+        f"{' with these placements' if fixed else ''}; the budget is {amount(budget)} "
+        f"(weights {amount(job.weights)}). To fit: {', or '.join(changes)}."
     )

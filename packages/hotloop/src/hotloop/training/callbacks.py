@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from rich.console import Console
@@ -48,7 +48,12 @@ class HeldOut(TrainerCallback):
     one averages over tokens. `log` is Trainer's, so trackers see the figure too.
     """
 
-    def __init__(self, measure: Callable[[], float], log: Callable[[dict[str, float]], None], every: int | None) -> None:
+    def __init__(
+        self,
+        measure: Callable[[], float],
+        log: Callable[[dict[str, float]], None],
+        every: int | None,
+    ) -> None:
         self._measure, self._log, self._every = measure, log, every
         self._last = -1
 
@@ -108,7 +113,13 @@ class ProgressBar(TrainerCallback):
     """A bar with the last losses on a terminal; elsewhere about twenty lines a run."""
 
     def __init__(self, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self._console = console
         self._shown: dict[str, float] = {}
@@ -144,8 +155,12 @@ class ProgressBar(TrainerCallback):
         losses = "  ".join(f"{name} {value:.4f}" for name, value in self._shown.items())
         self._bar.update(self._task, completed=state.global_step, losses=losses)
         every = max(1, state.max_steps // 20)
-        if not self._console.is_terminal and (state.global_step % every == 0 or "eval_loss" in (logs or {})):
-            self._console.print(f"step {state.global_step}/{state.max_steps}  {losses}", highlight=False)
+        if not self._console.is_terminal and (
+            state.global_step % every == 0 or "eval_loss" in (logs or {})
+        ):
+            self._console.print(
+                f"step {state.global_step}/{state.max_steps}  {losses}", highlight=False
+            )
 
     def close(self) -> None:
         """Takes the bar off the terminal, also after an error."""

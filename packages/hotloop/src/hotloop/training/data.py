@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,8 @@ from .render import Renderer, Row, fields_of, find_form
 from .rows import Record, read_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from transformers import PreTrainedTokenizerBase
 
     from .recipe import DataSection, Recipe
@@ -84,9 +85,13 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
 
     fitter = _Fitter(renderer, data, longest)
     train, sources = fitter.rows(records, data.path)
-    held_out, _ = fitter.rows(held_records, data.held_out if isinstance(data.held_out, str) else data.path)
+    held_out, _ = fitter.rows(
+        held_records, data.held_out if isinstance(data.held_out, str) else data.path
+    )
     if not train:
-        raise DataError(f"{data.path}: no row is left to train on ({fitter.dropped_rows} were too long)")
+        raise DataError(
+            f"{data.path}: no row is left to train on ({fitter.dropped_rows} were too long)"
+        )
     report = DataReport(
         form=renderer.form,
         rows=len(train),
@@ -143,7 +148,9 @@ class _Fitter:
             self.renderer(record, f"{path}, row {number}")
             for number, record in enumerate(records, start=1)
         ]
-        _refuse(path, "no token to train on", rendered, lambda row: row.trained == 0, _NOTHING_TRAINED)
+        _refuse(
+            path, "no token to train on", rendered, lambda row: row.trained == 0, _NOTHING_TRAINED
+        )
         if self.policy == "error":
             _refuse(
                 path,
@@ -172,9 +179,7 @@ class _Fitter:
         return kept
 
 
-_NOTHING_TRAINED = (
-    'A chat needs an assistant message and a completion must not be empty; or set data.loss_on = "all".'
-)
+_NOTHING_TRAINED = 'A chat needs an assistant message and a completion must not be empty; or set data.loss_on = "all".'
 
 
 def _refuse(path: str, what: str, rows: Sequence[Row], bad: Any, advice: str) -> None:

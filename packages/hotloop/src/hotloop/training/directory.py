@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from hotloop_core.errors import ConfigError, DataError, OutputExistsError
 from hotloop_core.files import write_atomically
 
 from .recipe import Recipe, read_recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _WHOLE = "whole.json"
 """Written into a checkpoint after everything else, so that one without it was cut short."""
@@ -135,6 +137,19 @@ class RunDirectory:
             (old / _WHOLE).unlink()
             shutil.rmtree(old)
 
+    def trained(self) -> Path:
+        """Where the trained weights are: the finished adapter or model, or else the newest checkpoint.
+
+        Raises:
+            ConfigError: the run has not come that far.
+
+        """
+        finished = [folder for folder in (self.adapter, self.model) if folder.is_dir()]
+        newest = finished[0] if finished else self.newest_checkpoint()
+        if newest is None:
+            raise ConfigError(f"the run in {self.path} has no adapter and no whole checkpoint yet")
+        return newest
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """Every line of metrics.jsonl; a last line that was cut short is left out."""
         if not self.metrics.is_file():
@@ -165,7 +180,9 @@ def open_run(path: str | Path) -> tuple[RunDirectory, Recipe]:
     """
     directory = RunDirectory(path)
     if not directory.recipe.is_file():
-        raise ConfigError(f"{path} is no run directory: it has no recipe.yaml. `hotloop train` makes one.")
+        raise ConfigError(
+            f"{path} is no run directory: it has no recipe.yaml. `hotloop train` makes one."
+        )
     return directory, read_recipe(directory.recipe)
 
 

@@ -54,7 +54,9 @@ class GradientWatch:
         assert self._norms is not None, "check() before observe()"
         norms = self._norms.float().cpu()
         self._moved = norms != 0 if self._moved is None else self._moved | (norms != 0)
-        bad = [name for name, ok in zip(self._names, norms.isfinite().tolist(), strict=True) if not ok]
+        bad = [
+            name for name, ok in zip(self._names, norms.isfinite().tolist(), strict=True) if not ok
+        ]
         if bad:
             self._overflows += 1
             if self._scaled and self._overflows < _SCALER_PATIENCE:
@@ -75,7 +77,9 @@ class GradientWatch:
         """Parameters whose gradient was zero in every step so far."""
         if self._moved is None:
             return []
-        return [name for name, moved in zip(self._names, self._moved.tolist(), strict=True) if not moved]
+        return [
+            name for name, moved in zip(self._names, self._moved.tolist(), strict=True) if not moved
+        ]
 
 
 def _listed(names: list[str]) -> str:

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 
-def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The recipe's model, wired, without an adapter."""
+def load_base(
+    recipe: Recipe, *, wire: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The recipe's model without an adapter; with `wire`, ready for training."""
     from hotloop.loading import load
 
     section = recipe.model
@@ -27,7 +29,20 @@ def load_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
         family=section.family,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
+        full_finetuning=recipe.lora is None,
+        wire=wire,
     )
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer alone, for looking at rows without waiting for weights."""
+    from hotloop.loading.load import _tokenizer
+    from hotloop.loading.source import Hub, fetch, locate
+
+    section = recipe.model
+    hub = Hub(revision=section.revision)
+    source = fetch(locate(section.name, hub), hub, remote_code=section.trust_remote_code)
+    return _tokenizer(source, section.trust_remote_code, section.max_seq_len)
 
 
 def build(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -36,7 +51,7 @@ def build(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     model, tokenizer = load_base(recipe)
     if recipe.lora is None:
-        return model.requires_grad_(True), tokenizer
+        return model, tokenizer
     lora = recipe.lora
     model = add_lora(
         model,
@@ -55,14 +70,16 @@ def load_trained(recipe: Recipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
     """The recipe's model with the adapter in `folder` (or, after full fine-tuning, the model there), for inference."""
     if recipe.lora is None:
         section = recipe.model.model_copy(update={"name": str(folder)})
-        model, tokenizer = load_base(recipe.model_copy(update={"model": section}))
+        model, tokenizer = load_base(recipe.model_copy(update={"model": section}), wire=False)
         return model.eval(), tokenizer
     from peft import PeftModel
     from transformers import AutoTokenizer
 
-    base, _ = load_base(recipe)
+    base, _ = load_base(recipe, wire=False)
     model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
-    return model.eval(), AutoTokenizer.from_pretrained(str(folder))  # it has the chat template of the run
+    return model.eval(), AutoTokenizer.from_pretrained(
+        str(folder)
+    )  # it has the chat template of the run
 
 
 def lora_rank(recipe: Recipe) -> int:
@@ -79,6 +96,13 @@ def plan_batch(model: PreTrainedModel, recipe: Recipe, *, longest: int) -> Plan 
     if receipt is None:
         return None
     tokens = recipe.schedule.batch_size * recipe.model.max_seq_len
-    planned = plan(model, tokens=tokens, longest=longest, vram=recipe.model.vram)
+    planned = plan(
+        model,
+        tokens=tokens,
+        longest=longest,
+        vram=recipe.model.vram,
+        full_finetuning=recipe.lora is None,
+        optimizer=recipe.schedule.optimizer,
+    )
     receipt.replan(planned)
     return planned

@@ -25,20 +25,30 @@ class ModelSection(Section):
 
     name: str = Field(description="Hub id, local directory, or a .gguf file.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
-    bits: Literal[4, 16] = Field(4, description="4: NF4 with double quantisation (QLoRA). 16: as stored.")
+    bits: Literal[4, 16] = Field(
+        4, description="4: NF4 with double quantisation (QLoRA). 16: as stored."
+    )
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
         None, description="Compute dtype; null: bfloat16 where the device has it."
     )
-    max_seq_len: Positive = Field(2048, description="Longest row, and the size of a packed bin, in tokens.")
-    vram: str | None = Field(None, description='Budget of device memory, such as "24GiB"; null: what is free.')
-    family: str | None = Field(None, description="Which plugin's family, where several claim the model type.")
+    max_seq_len: Positive = Field(
+        2048, description="Longest row, and the size of a packed bin, in tokens."
+    )
+    vram: str | None = Field(
+        None, description='Budget of device memory, such as "24GiB"; null: what is free.'
+    )
+    family: str | None = Field(
+        None, description="Which plugin's family, where several claim the model type."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
 
 class DataSection(Section):
     """Which rows to train on, and which of their tokens."""
 
-    path: str = Field(description="A .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub.")
+    path: str = Field(
+        description="A .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub."
+    )
     split: str = Field("train", description="Split of a hub data set.")
     form: Literal["auto", "chat", "prompt_completion", "text"] = Field(
         "auto", description="auto: by the fields of the first row."
@@ -60,7 +70,9 @@ class DataSection(Section):
     overlong: Literal["error", "cut", "drop", "split"] = Field(
         "error", description="Rows longer than max_seq_len. split: into rows of their own."
     )
-    packing: bool = Field(True, description="Several rows to a bin of max_seq_len; attention stays inside rows.")
+    packing: bool = Field(
+        True, description="Several rows to a bin of max_seq_len; attention stays inside rows."
+    )
     shuffle_seed: int = Field(0, description="Seeds the held-out choice and the bins.")
 
 
@@ -74,16 +86,22 @@ class LoraSection(Section):
         "all-linear", description="all-linear: the seven projections of every layer; or names."
     )
     rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
-    modules_to_save: list[str] | None = Field(None, description="Trained in full beside the adapter.")
+    modules_to_save: list[str] | None = Field(
+        None, description="Trained in full beside the adapter."
+    )
     seed: int = 3407
 
 
 class ScheduleSection(Section):
     """How long, how fast, how often measured and saved."""
 
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="Passes over the data (1 if unset).")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Passes over the data (1 if unset)."
+    )
     steps: Positive | None = Field(None, description="Optimizer steps; instead of epochs.")
-    batch_size: Positive = Field(1, description="Bins (rows, without packing) a device takes at once.")
+    batch_size: Positive = Field(
+        1, description="Bins (rows, without packing) a device takes at once."
+    )
     gradient_accumulation: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
@@ -144,7 +162,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.lora is None and self.model.bits == 4:
-            raise ValueError("model.bits is 4 without lora; 4-bit weights do not train: set model.bits = 16")
+            raise ValueError(
+                "model.bits is 4 without lora; 4-bit weights do not train: set model.bits = 16"
+            )
         if self.data.form == "text" and self.data.loss_on == "responses":
             raise ValueError('data.loss_on is "responses" and data.form is "text", which has none')
         return self

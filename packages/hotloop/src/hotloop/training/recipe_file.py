@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from hotloop_core.errors import ConfigError
@@ -12,6 +11,7 @@ from pydantic import BaseModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+    from pathlib import Path
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -26,12 +26,16 @@ def read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist. `hotloop train --help` shows a recipe.") from None
+        raise ConfigError(
+            f"{path} does not exist. `hotloop train --help` shows a recipe."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
     values = _parse_toml(path, text) if path.suffix == ".toml" else _parse_yaml(path, text)
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, expected sections such as model, data, output")
+        raise ConfigError(
+            f"{path} holds a {type(values).__name__}, expected sections such as model, data, output"
+        )
     return values
 
 
@@ -70,7 +74,9 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
                 section[key] = {}
             section = section[key]
             if not isinstance(section, dict):
-                raise ConfigError(f"--set {text!r}: {key!r} holds {section!r}, which has no keys inside")
+                raise ConfigError(
+                    f"--set {text!r}: {key!r} holds {section!r}, which has no keys inside"
+                )
         section[keys[-1]] = _value(value.strip())
     return values
 
@@ -99,7 +105,9 @@ def explain(problem: Mapping[str, Any], root: type[BaseModel]) -> str:
     if problem["type"] == "extra_forbidden":
         keys = _keys_at(path[:-1], root)
         near = difflib.get_close_matches(path[-1], keys, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(sorted(keys))}"
+        hint = (
+            f"did you mean {near[0]!r}?" if near else f"the keys here are {', '.join(sorted(keys))}"
+        )
         return f"{where}: unknown key; {hint}"
     if problem["type"] == "missing":
         return f"{where}: missing"
@@ -113,7 +121,7 @@ _SCALARS = {"str", "int", "float", "bool"}
 
 
 def _is_branch(part: object) -> bool:
-    """pydantic puts the tried branch of a union into the path ("float", "list[str]", "LoraSection")."""
+    """Whether it names a union's tried branch ("float", "list[str]", "LoraSection"), which pydantic puts into the path."""
     text = str(part)
     return "[" in text or text.endswith("Section") or text.removeprefix("constrained-") in _SCALARS
 

@@ -6,14 +6,14 @@ tokens. So what is trained is decided on the text that the chat template really 
 
 from __future__ import annotations
 
-import os.path
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import DataError, UnsupportedError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
@@ -146,10 +146,14 @@ def find_form(data: DataSection, record: Record) -> str:
     )
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, *, ask: bool = False) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, *, ask: bool = False
+) -> str:
     """The text of a conversation; with `ask`, up to where the assistant's answer would start."""
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        )
     except Exception as error:  # a template raises what its author chose
         raise DataError(f"{where}: the chat template refused this conversation: {error}") from error
 
@@ -164,13 +168,19 @@ def check_messages(messages: Any, where: str) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: expected a list of messages, found {_shown(messages)}")
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or "content" not in message
+        ):
             hint = (
                 " (hotloop.standardize_data_formats turns from/value into role/content)"
                 if isinstance(message, dict) and "from" in message
                 else ""
             )
-            raise DataError(f"{where}: a message is {_shown(message)}, expected role and content{hint}")
+            raise DataError(
+                f"{where}: a message is {_shown(message)}, expected role and content{hint}"
+            )
     return messages
 
 
@@ -200,7 +210,9 @@ def _answer_span(
 
 
 def _common(one: str, other: str) -> int:
-    return len(os.path.commonprefix((one, other)))
+    """How many characters two texts have in common from the start."""
+    differs = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differs, min(len(one), len(other)))
 
 
 def _string(value: Any, field: str, where: str) -> str:

@@ -6,12 +6,13 @@ import importlib.util
 import io
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hotloop_core.files import write_atomically
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .directory import RunDirectory
 
 
@@ -41,11 +42,15 @@ class RunReport:
             f"({self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s); last loss {self.train_loss:.4f}"
         ]
         if self.held_out_before is not None and self.held_out_after is not None:
-            lines.append(f"held-out loss {self.held_out_before:.4f} before, {self.held_out_after:.4f} after")
+            lines.append(
+                f"held-out loss {self.held_out_before:.4f} before, {self.held_out_after:.4f} after"
+            )
         if self.peak_bytes is not None:
             lines.append(f"peak device memory {self.peak_bytes / 2**30:.2f} GiB")
         if self.idle:
-            lines.append(f"{len(self.idle)} parameters never had a gradient: {', '.join(self.idle[:5])}")
+            lines.append(
+                f"{len(self.idle)} parameters never had a gradient: {', '.join(self.idle[:5])}"
+            )
         lines += [f"wrote {path}" for path in self.exports]
         return "\n".join(lines + self.notes)
 
@@ -78,7 +83,9 @@ def plot_loss(directory: RunDirectory) -> str | None:
     return None
 
 
-def _line(axes: Any, rows: list[dict[str, Any]], key: str, label: str, *, marker: str, alpha: float) -> None:
+def _line(
+    axes: Any, rows: list[dict[str, Any]], key: str, label: str, *, marker: str, alpha: float
+) -> None:
     points = [(row["step"], row[key]) for row in rows if key in row]
     if points:
         axes.plot(*zip(*points, strict=True), label=label, marker=marker, alpha=alpha)

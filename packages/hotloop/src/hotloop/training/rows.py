@@ -33,11 +33,15 @@ def read_rows(path: str, *, split: str = "train") -> list[Record]:
     reader = _READERS.get(file.suffix.lower())
     if reader is not None:
         if not file.is_file():
-            raise DataError(f"{path} does not exist. Paths in a recipe are relative to the recipe's folder.")
+            raise DataError(
+                f"{path} does not exist. Paths in a recipe are relative to the recipe's folder."
+            )
         rows = reader(file)
     elif file.exists():
         known = ", ".join(sorted(_READERS))
-        raise DataError(f"{path}: expected a file that ends in {known}, or the id of a data set on the hub")
+        raise DataError(
+            f"{path}: expected a file that ends in {known}, or the id of a data set on the hub"
+        )
     else:
         rows = _from_hub(path, split)
     if not rows:
@@ -56,7 +60,9 @@ def _read_jsonl(file: Path) -> list[Record]:
 def _read_json(file: Path) -> list[Record]:
     values = _parse(_text(file), str(file))
     if not isinstance(values, list):
-        raise DataError(f"{file} holds a {type(values).__name__}, expected a list of objects (or use .jsonl)")
+        raise DataError(
+            f"{file} holds a {type(values).__name__}, expected a list of objects (or use .jsonl)"
+        )
     return [_record(value, f"{file}, row {number}") for number, value in enumerate(values, start=1)]
 
 
@@ -65,7 +71,9 @@ def _read_csv(file: Path) -> list[Record]:
     for number, row in enumerate(csv.DictReader(_text(file).splitlines(keepends=True)), start=2):
         if None in row or None in row.values():
             found = len(row.get(None) or ()) + sum(value is not None for value in row.values())
-            raise DataError(f"{file}, record {number}: {found} fields do not match the header's columns")
+            raise DataError(
+                f"{file}, record {number}: {found} fields do not match the header's columns"
+            )
         rows.append(dict(row))
     return rows
 
@@ -81,7 +89,12 @@ def _read_parquet(file: Path) -> list[Record]:
         raise DataError(f"{file} is not a whole Parquet file: {error}") from error
 
 
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+_READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
 
 
 def _from_hub(name: str, split: str) -> list[Record]:
@@ -120,5 +133,7 @@ def _parse(text: str, where: str) -> Any:
 
 def _record(value: Any, where: str) -> Record:
     if not isinstance(value, dict):
-        raise DataError(f"{where} holds a {type(value).__name__}, expected an object with named fields")
+        raise DataError(
+            f"{where} holds a {type(value).__name__}, expected an object with named fields"
+        )
     return value

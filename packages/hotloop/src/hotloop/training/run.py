@@ -104,7 +104,9 @@ class Run:
     @property
     def compute_dtype(self) -> torch.dtype:
         """What the matrix products are in: the dtype of the frozen weights (of all, in full fine-tuning)."""
-        dtypes = {p.requires_grad: p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        dtypes = {
+            p.requires_grad: p.dtype for p in self.model.parameters() if p.is_floating_point()
+        }
         return dtypes.get(False, dtypes[True])
 
     @property
@@ -157,7 +159,9 @@ class Run:
         start = time.perf_counter()
         try:
             with self._explained():
-                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                trainer.train(
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                )
         finally:
             if progress is not None:
                 progress.close()
@@ -178,7 +182,9 @@ class Run:
         trainer.watch = GradientWatch(scaled=self._scaled)
         trainer.add_callback(callbacks.GradientCheck(trainer.watch))
         trainer.add_callback(callbacks.MetricsFile(self.directory.metrics))
-        trainer.add_callback(callbacks.Checkpoints(self.directory, self.recipe.output.keep_checkpoints))
+        trainer.add_callback(
+            callbacks.Checkpoints(self.directory, self.recipe.output.keep_checkpoints)
+        )
         if len(self.held_out_bins):
             every = self.recipe.schedule.eval_every
             trainer.add_callback(callbacks.HeldOut(self.held_out_loss, trainer.log, every))
@@ -214,7 +220,9 @@ class Run:
             bf16=self.device.type == "cuda" and self.compute_dtype is torch.bfloat16,
             fp16=self._scaled,
         )
-        arguments._n_gpu = min(arguments.n_gpu, 1)  # else Trainer copies the model to every card it sees
+        arguments._n_gpu = min(
+            arguments.n_gpu, 1
+        )  # else Trainer copies the model to every card it sees
         return arguments
 
     @property
@@ -298,14 +306,21 @@ class Run:
         if self.device.type == "cuda":
             peak = f", the peak was {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB"
         advice = [
-            (recipe.schedule.batch_size > 1, "schedule.batch_size = 1 with more gradient_accumulation"),
+            (
+                recipe.schedule.batch_size > 1,
+                "schedule.batch_size = 1 with more gradient_accumulation",
+            ),
             (recipe.model.bits == 16 and recipe.lora is not None, "model.bits = 4"),
             (True, f"model.max_seq_len below {recipe.model.max_seq_len}"),
             ((rank := lora_rank(recipe)) > 16, f"lora.r below {rank}"),
             (recipe.schedule.optimizer == "adamw_torch", 'schedule.optimizer = "paged_adamw_8bit"'),
         ]
         options = "; ".join(text for applies, text in advice if applies)
-        expected = "" if self.plan is None else f" The plan expected {self.plan.peak_bytes / 2**30:.2f} GiB{peak}."
+        expected = (
+            ""
+            if self.plan is None
+            else f" The plan expected {self.plan.peak_bytes / 2**30:.2f} GiB{peak}."
+        )
         return (
             f"out of device memory in a step of {tokens:,} tokens.{expected} What shrinks it, most first: {options}. "
             f"A smaller model.vram makes the plan itself save more. ({error})"
@@ -313,8 +328,8 @@ class Run:
 
 
 def _disk_full(error: BaseException) -> bool:
-    """safetensors and torch.save raise errors of their own with the system's text inside."""
+    """Both safetensors and torch.save raise errors of their own with the system's text inside."""
     full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
-    return full or any(text in str(error) for text in ("No space left on device", "PytorchStreamWriter failed"))
-
-
+    return full or any(
+        text in str(error) for text in ("No space left on device", "PytorchStreamWriter failed")
+    )

@@ -22,7 +22,7 @@ from torch import nn
 
 from . import masks
 from .classes import STATE, wired_class
-from .layer import LayerState, Shared, check_module, module_paths
+from .layer import LayerState, Shared, check_modules, module_paths
 from .norm import NormState
 from .receipt import Receipt, Swap
 from .root import RootState
@@ -143,7 +143,9 @@ def _check(
 ) -> dict[str, str]:
     """Refuses what cannot be wired; returns what stays with the model's own code, by path."""
     if not config.get("is_causal", True):
-        raise WireError("config.is_causal is False: this model attends in both directions, the blocks do not")
+        raise WireError(
+            "config.is_causal is False: this model attends in both directions, the blocks do not"
+        )
     if "forward" in root.__dict__:
         raise WireError(
             "the model's forward was replaced on the instance (by a trainer, TRL or accelerate), so wiring would be "
@@ -197,11 +199,10 @@ def check_layer(path: str, layer: nn.Module, spec: LayerSpec) -> None:
 def _check_modules(path: str, layer: nn.Module, spec: LayerSpec, shared: Shared) -> None:
     if "forward" in layer.__dict__ or "_hf_hook" in layer.__dict__:
         raise Refusal("offload", f"{path}: accelerate hooks the layer's forward")
+    check_modules(layer)
     for role, name in module_paths(spec).items():
-        module = layer.get_submodule(name)
-        check_module(name, module)
         if role in {"q", "k", "v", "o", "gate", "up", "down"}:
-            linear_view(module)
+            linear_view(layer.get_submodule(name))
 
 
 def _swap(
@@ -221,7 +222,12 @@ def _swap(
     for index, layer in enumerate(layers):
         path = f"{spec.layers}.{index}"
         if path not in left_alone:
-            swap(path, layer, "layer", LayerState(path, index, spec.layer_spec(config, index), shared))
+            swap(
+                path,
+                layer,
+                "layer",
+                LayerState(path, index, spec.layer_spec(config, index), shared),
+            )
     swap(spec.final_norm, root.get_submodule(spec.final_norm), "norm", NormState(norms, shared))
     swap("", root, "root", RootState(spec, shared, receipt))
     root.config._attn_implementation = name

@@ -31,12 +31,18 @@ def head_weight(module: nn.Module | None, hidden: Tensor) -> Head:
         WireError: there is no head, or it has something that this loss cannot compute.
     """
     if module is None:
-        raise WireError("the model has no output embeddings, so it has no loss; wire a ...ForCausalLM")
+        raise WireError(
+            "the model has no output embeddings, so it has no loss; wire a ...ForCausalLM"
+        )
     try:
         view = linear_view(module)
     except Refusal as refusal:
         raise refuse("the output head", refusal) from None
-    weight = view.weight if isinstance(view.weight, torch.Tensor) else dense_weight(view.weight, hidden.dtype)
+    weight = (
+        view.weight
+        if isinstance(view.weight, torch.Tensor)
+        else dense_weight(view.weight, hidden.dtype)
+    )
     if view.lora is not None:
         if view.lora.dropout:
             raise WireError(
@@ -48,4 +54,3 @@ def head_weight(module: nn.Module | None, hidden: Tensor) -> Head:
         if hidden.dtype != delta.dtype:
             weight = weight.to(hidden.dtype)
     return Head(hidden=hidden, weight=weight, bias=view.bias)
-

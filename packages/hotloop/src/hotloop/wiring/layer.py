@@ -52,7 +52,9 @@ class Shared:
         sources = (padding, positions, offsets)
         if self._known is not None and _same(self._known[0], sources, hidden.shape[:2]):
             return self._known[1]
-        found = sequences_of(hidden.shape[0], hidden.shape[1], hidden.device, padding, positions, offsets)
+        found = sequences_of(
+            hidden.shape[0], hidden.shape[1], hidden.device, padding, positions, offsets
+        )
         self._known = (_identity(sources, hidden.shape[:2]), found)
         return found
 
@@ -130,13 +132,17 @@ def module_paths(spec: LayerSpec) -> dict[str, str]:
 
 @role("layer")
 def forward(
-    layer: nn.Module, own_forward: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
+    layer: nn.Module,
+    own_forward: Callable[..., Any],
+    hidden_states: Tensor,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """One decoder layer. A KV cache or `output_attentions` takes the model's own forward."""
     state: LayerState = layer.__dict__[STATE]
     if args:
         kwargs = {**_names(own_forward, hidden_states, args), **kwargs}
-    if kwargs.get("past_key_values") is not None or kwargs.get("output_attentions"):
+    if _needs_own_path(layer, state, kwargs):
         return _run_own(own_forward, hidden_states, kwargs)
     try:
         blocks = build_blocks(layer, state, hidden_states, kwargs)
@@ -149,11 +155,25 @@ def forward(
     return run_blocks(blocks, flat, plan, where=state.path).view(hidden_states.shape)
 
 
+def _needs_own_path(layer: nn.Module, state: LayerState, kwargs: Mapping[str, Any]) -> bool:
+    """A cache that is read or filled. transformers makes one by default: in training it stays empty, as under its own
+    checkpointing."""
+    if kwargs.get("output_attentions"):
+        return True
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        return False
+    trains = layer.training and torch.is_grad_enabled()
+    return not (trains and cache.get_seq_length(state.index) == 0)
+
+
 def _run_own(own_forward: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]) -> Any:
     return own_forward(hidden_states, **{k: v for k, v in kwargs.items() if k != SEQUENCES})
 
 
-def _names(own_forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...]) -> dict[str, Any]:
+def _names(
+    own_forward: Callable[..., Any], hidden: Tensor, args: tuple[Any, ...]
+) -> dict[str, Any]:
     bound = inspect.signature(own_forward).bind(hidden, *args)
     return dict(list(bound.arguments.items())[1:])
 
@@ -168,7 +188,7 @@ def build_blocks(
     """
     shared, spec, facts = state.shared, state.spec, state.shared.facts
     modules = {role: layer.get_submodule(path) for role, path in module_paths(spec).items()}
-    _check_call(layer, modules, shared, kwargs)
+    _check_call(layer, shared, kwargs)
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -218,12 +238,11 @@ def build_blocks(
     )
 
 
+_CAPTURE = "transformers.utils.output_capturing"  # sees outputs that a wired layer leaves to the model's own path
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _check_call(
-    layer: nn.Module, modules: Mapping[str, nn.Module], shared: Shared, kwargs: Mapping[str, Any]
-) -> None:
+def _check_call(layer: nn.Module, shared: Shared, kwargs: Mapping[str, Any]) -> None:
     mask = kwargs.get("attention_mask")
     if isinstance(mask, LazyMask):
         if mask.custom:
@@ -234,21 +253,26 @@ def _check_call(
         raise Refusal("mask", f"an attention mask of type {type(mask).__name__}")
     if layer.training and shared.facts.attention_dropout:
         raise Refusal("attention-dropout", f"attention_dropout={shared.facts.attention_dropout}")
-    containers = {name: m for name, m in layer.named_children() if name not in modules}
-    for name, module in (*containers.items(), *modules.items()):
-        check_module(name, module)
+    check_modules(layer)
 
 
-def check_module(name: str, module: nn.Module) -> None:
-    """Refuses hooks, replaced forwards and offloading on a module whose forward the blocks pass by."""
-    for inner in (module, *module.children()):
-        for kind in _HOOKS:
-            for hook in inner.__dict__[kind].values():
-                if getattr(hook, "__module__", "").startswith("transformers.utils.output_capturing"):
-                    continue
-                raise Refusal("hooks", f"{name}: a hook {getattr(hook, '__qualname__', hook)!r}")
-        own = inner.__dict__.get("_hf_hook")
-        if own is not None:
-            raise Refusal("offload", f"{name}: accelerate's {type(own).__name__}")
-        if "forward" in inner.__dict__:
+def check_modules(layer: nn.Module) -> None:
+    """Refuses hooks, replaced forwards and offloading on modules whose forward the blocks pass by.
+
+    Raises:
+        Refusal: the first that was found.
+    """
+    for name, module in layer.named_modules():
+        if module is layer:
+            continue
+        own = module.__dict__
+        if "_hf_hook" in own:
+            raise Refusal("offload", f"{name}: accelerate's {type(own['_hf_hook']).__name__}")
+        if "forward" in own:
             raise Refusal("hooks", f"{name}: a forward that somebody put on the instance")
+        for kind in _HOOKS:
+            for hook in own[kind].values():
+                if not getattr(hook, "__module__", "").startswith(_CAPTURE):
+                    raise Refusal(
+                        "hooks", f"{name}: a hook {getattr(hook, '__qualname__', hook)!r}"
+                    )

@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _CHEAP = {"shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda", "is_sparse"}
-_CHEAP_METHODS = {"size", "dim", "is_floating_point", "numel", "is_complex", "__len__", "element_size"}
+_CHEAP_METHODS = {
+    "size",
+    "dim",
+    "is_floating_point",
+    "numel",
+    "is_complex",
+    "__len__",
+    "element_size",
+}
 
 
 class LazyTensor(Tensor):
@@ -27,7 +35,11 @@ class LazyTensor(Tensor):
 
     @staticmethod
     def __new__(
-        cls, make: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+        cls,
+        make: Callable[[], Tensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> LazyTensor:
         """`make` returns the values; it is called at most once."""
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
@@ -41,7 +53,9 @@ class LazyTensor(Tensor):
             self._make = _spent
         return self._made
 
-    def lazily(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> LazyTensor:
+    def lazily(
+        self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None
+    ) -> LazyTensor:
         """Another lazy tensor of the same shape, made from this one."""
         return LazyTensor(
             lambda: change(self.materialise()), tuple(self.shape), dtype or self.dtype, self.device

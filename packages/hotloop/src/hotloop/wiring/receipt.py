@@ -67,7 +67,9 @@ class Receipt:
             UnwireError: something changed after wiring; nothing was undone.
         """
         if self.undone:
-            raise UnwireError("this wiring was undone before; wire the model again to get a new receipt")
+            raise UnwireError(
+                "this wiring was undone before; wire the model again to get a new receipt"
+            )
         changed = [s for s in self.swaps if not s.holds]
         if changed:
             first = changed[0]
@@ -101,7 +103,9 @@ class Receipt:
         """What a program would read."""
         return {
             "family": self.family.name,
-            "swaps": [{"path": s.path, "role": s.role, "class": s.original.__name__} for s in self.swaps],
+            "swaps": [
+                {"path": s.path, "role": s.role, "class": s.original.__name__} for s in self.swaps
+            ],
             "left_alone": self.left_alone,
             "undone": self.undone,
         }

@@ -101,7 +101,9 @@ def forward(root: nn.Module, own_forward: Callable[..., Any], *args: Any, **kwar
     cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
     labels = kwargs.get("labels")
     if kwargs.get("use_cache") is None and (request or labels is not None or _records(root)):
-        kwargs["use_cache"] = False  # the default, True, would build a cache that training never reads
+        kwargs["use_cache"] = (
+            False  # the default, True, would build a cache that training never reads
+        )
     if not cached:
         kwargs = _with_sequences(kwargs)
     shifted = kwargs.get("shift_labels")
@@ -118,7 +120,9 @@ def _records(root: nn.Module) -> bool:
 
 def _with_sequences(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Works out once per batch what each layer would have to ask the positions for."""
-    tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    tokens = (
+        kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    )
     mask = kwargs.get("attention_mask")
     if tokens is None or (mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2)):
         return kwargs
@@ -140,7 +144,14 @@ def _plain_loss(root: nn.Module) -> bool:
     return root.loss_function is ForCausalLMLoss
 
 
-_LOSS_ONLY = ("labels", "shift_labels", "num_items_in_batch", "ignore_index", "logits_to_keep", "return_dict")
+_LOSS_ONLY = (
+    "labels",
+    "shift_labels",
+    "num_items_in_batch",
+    "ignore_index",
+    "logits_to_keep",
+    "return_dict",
+)
 
 
 def _hidden(root: nn.Module, state: RootState, kwargs: Mapping[str, Any]) -> Any:
@@ -165,7 +176,9 @@ def _with_loss(root: nn.Module, state: RootState, kwargs: dict[str, Any]) -> Any
 
     ignore_index = kwargs.get("ignore_index", -100)
     labels = _targets(kwargs, ignore_index)
-    rows = TrainedRows(labels, ignore_index=ignore_index)  # their number is known before the layers are done
+    rows = TrainedRows(
+        labels, ignore_index=ignore_index
+    )  # their number is known before the layers are done
     outputs = _hidden(root, state, kwargs)
     hidden = outputs.last_hidden_state
     head = head_weight(root.get_output_embeddings(), hidden)
@@ -189,7 +202,9 @@ def _with_loss(root: nn.Module, state: RootState, kwargs: dict[str, Any]) -> Any
     return result.to_tuple() if wants_dict is False else result
 
 
-def _lazy_logits(root: nn.Module, state: RootState, hidden: Tensor, keep: int | Tensor) -> LazyTensor:
+def _lazy_logits(
+    root: nn.Module, state: RootState, hidden: Tensor, keep: int | Tensor
+) -> LazyTensor:
     if isinstance(keep, int):
         hidden = hidden[:, -keep:] if keep else hidden
     else:

@@ -66,7 +66,9 @@ def linear_view(module: nn.Module) -> LinearView:
 
 def saved_module(wrapper: Any) -> nn.Module:
     """The module that a ModulesToSaveWrapper runs now."""
-    names = wrapper.active_adapters if hasattr(wrapper, "active_adapters") else [wrapper.active_adapter]
+    names = (
+        wrapper.active_adapters if hasattr(wrapper, "active_adapters") else [wrapper.active_adapter]
+    )
     active = [name for name in names if name in wrapper.modules_to_save]
     if wrapper.disable_adapters or not active:
         return wrapper.original_module
@@ -87,7 +89,9 @@ def _active_lora(layer: Any) -> Lora | None:
         raise Refusal("adapters", f"adapters {', '.join(names)} are active together")
     name = names[0]
     if name in layer.lora_variant:
-        raise Refusal("adapter-kind", f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}")
+        raise Refusal(
+            "adapter-kind", f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
+        )
     if layer.lora_B[name].bias is not None:
         raise Refusal("adapter-kind", f"adapter {name!r} has a bias in lora_B")
     drop = layer.lora_dropout[name]

@@ -50,7 +50,7 @@ def _encoded(values: Tensor, block: Block, name: str) -> Tensor:
 
 
 def _encoder(name: str) -> Callable[[Tensor], Tensor]:
-    from . import legacy
+    from . import k_quants, legacy
 
     encoders: dict[str, Callable[[Tensor], Tensor]] = {
         "Q4_0": legacy.q4_0,
@@ -58,6 +58,9 @@ def _encoder(name: str) -> Callable[[Tensor], Tensor]:
         "Q5_0": legacy.q5_0,
         "Q5_1": legacy.q5_1,
         "Q8_0": legacy.q8_0,
+        "Q4_K": k_quants.q4_k,
+        "Q5_K": k_quants.q5_k,
+        "Q6_K": k_quants.q6_k,
     }
     return encoders[name]
 

@@ -38,7 +38,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
         p = 0.5 * (1 + tl.erf(x * SQRT_HALF))
         slope = tl.exp(-0.5 * x * x) * ONE_OVER_SQRT_2_PI
     else:
-        p = tl.sigmoid(TWO_SQRT_2_OVER_PI * x * (1 + 0.044715 * x * x))
+        p = tl.sigmoid(x * TWO_SQRT_2_OVER_PI * (1 + 0.044715 * x * x))
         slope = p * (1 - p) * TWO_SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
     return x * p, p + x * slope
 

@@ -6,6 +6,7 @@ statistics and dlogits in place by `CrossEntropyRows`, dh = dlogits W by cuBLAS.
 
 from __future__ import annotations
 
+from math import frexp
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -94,15 +95,14 @@ def linear_cross_entropy(
         GradientError: backward reached it a second time.
 
     """
-    losses, count = _token_losses(
-        hidden, weight, labels, bias, options, rows, chunk_tokens, impl, uniform=True
+    rows = _rows(labels, rows, options)
+    if isinstance(num_items, torch.Tensor):
+        num_items = num_items.to(hidden.device)
+    divisor = rows.count if num_items is None else num_items
+    losses = _token_losses(
+        hidden, weight, labels, bias, options, rows, chunk_tokens, impl, divisor=divisor
     )
-    total = losses.loss.sum()
-    if num_items is None:
-        return total / count
-    return total / (
-        num_items.to(total.device) if isinstance(num_items, torch.Tensor) else num_items
-    )
+    return losses.loss.sum() / divisor
 
 
 def linear_log_probs(
@@ -143,19 +143,29 @@ def linear_log_probs(
     """
     if entropy_gradient and not entropy:
         raise ConfigError("entropy_gradient=True needs entropy=True; pass both or neither.")
-    losses, _ = _token_losses(
+    return _token_losses(
         hidden,
         weight,
         labels,
         bias,
         options,
-        rows,
+        _rows(labels, rows, options),
         chunk_tokens,
         impl,
         entropy=entropy,
         entropy_gradient=entropy_gradient,
     )
-    return losses
+
+
+def _rows(labels: Tensor, rows: TrainedRows | None, options: HeadLossOptions) -> TrainedRows:
+    if rows is None:
+        return TrainedRows(labels, ignore_index=options.ignore_index)
+    if rows.total != labels.numel():
+        raise ConfigError(
+            f"rows were counted on {rows.total} labels, this call has {labels.numel()}; count the "
+            "labels that you pass."
+        )
+    return rows
 
 
 def _token_losses(
@@ -164,25 +174,21 @@ def _token_losses(
     labels: Tensor,
     bias: Tensor | None,
     options: HeadLossOptions,
-    rows: TrainedRows | None,
+    rows: TrainedRows,
     chunk_tokens: int | None,
     impl: str | None,
     *,
-    uniform: bool = False,
+    divisor: Tensor | int | None = None,
     entropy: bool = False,
     entropy_gradient: bool = False,
-) -> tuple[TokenLosses, int]:
-    """The token losses, and how many labels have one.
+) -> TokenLosses:
+    """The token losses.
 
-    `uniform` promises that backward will bring one number for all losses and none for the rest.
+    A `divisor` promises that only the sum of the losses, divided by it, is differentiated: backward
+    then brings one number for all rows.
     """
     dtype = _compute_dtype(hidden, weight, bias, labels)
-    rows = TrainedRows(labels, ignore_index=options.ignore_index) if rows is None else rows
-    if rows.total != labels.numel():
-        raise ConfigError(
-            f"rows were counted on {rows.total} labels, this call has {labels.numel()}; count the "
-            "labels that you pass."
-        )
+    uniform = divisor is not None
     train_hidden, train_weight, train_bias = (
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
         for tensor in (hidden, weight, bias)
@@ -199,6 +205,7 @@ def _token_losses(
         rows=rows,
         chunk_tokens=_chunk_tokens(rows.count, weight.shape[0], dtype, chunk_tokens),
         dtype=dtype,
+        dloss=_mantissa(divisor, hidden, dtype) if gradient == "forward" else None,
         entropy=entropy,
         gradient=gradient,
         train_hidden=train_hidden,
@@ -214,7 +221,15 @@ def _token_losses(
         if entropy and not entropy_gradient:
             outputs = (*outputs[:2], outputs[2].detach(), outputs[3])
     shaped = (None if output is None else output.reshape(labels.shape) for output in outputs)
-    return TokenLosses(*shaped), rows.count
+    return TokenLosses(*shaped)
+
+
+def _mantissa(divisor: Tensor | int | None, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mantissa of 1 / divisor, 0-d, in the losses' dtype; 1 where there is no divisor."""
+    wide = torch.promote_types(dtype, torch.float32)
+    if isinstance(divisor, torch.Tensor):
+        return divisor.to(wide).reciprocal().frexp().mantissa
+    return hidden.new_full((), frexp(1 / divisor)[0] if divisor else 1.0, dtype=wide)
 
 
 def _compute_dtype(

@@ -70,6 +70,7 @@ class _LoraLinear(torch.autograd.Function):
         )
         gradients = (sink.get(id(tensor)) for tensor in ctx.tensors)
         found = (
-            None if g is None else g.to(t.dtype) for g, t in zip(gradients, ctx.tensors, strict=True)
+            None if g is None else g.to(t.dtype)
+            for g, t in zip(gradients, ctx.tensors, strict=True)
         )
         return (None, None, dx_TK, *found)

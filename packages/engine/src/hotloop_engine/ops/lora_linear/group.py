@@ -37,7 +37,9 @@ CUDA_PITCH = 64  # columns are padded to this, so that every row starts on 128 b
 class LinearGroup:
     """Projections with one input of K features and N = sum of their output features."""
 
-    def __init__(self, views: Sequence[LinearView], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, views: Sequence[LinearView], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.views = tuple(views)
         self.dtype = dtype
         self.device = device
@@ -45,7 +47,9 @@ class LinearGroup:
         ranks = [0 if view.lora is None else view.lora.rank for view in self.views]
         self.k = self.views[0].shape[1]
         self.n = sum(sizes)
-        self.rows = [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
+        self.rows = [
+            slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)
+        ]
         self.ranks = [slice(end - r, end) for end, r in zip(accumulate(ranks), ranks, strict=True)]
         self.rank = sum(ranks)
         self.has_bias = any(view.bias is not None for view in self.views)
@@ -112,7 +116,9 @@ class LinearGroup:
         x: [T, K], or `wide` with x in its first K columns (the rest is overwritten). out: [T, N], any row stride.
         """
         x_TK = x[:, : self.k]
-        t_TC = self._adapter_input(x_TK, e, seeds, out=x[:, self.k :] if x.shape[1] > self.k else None)
+        t_TC = self._adapter_input(
+            x_TK, e, seeds, out=x[:, self.k :] if x.shape[1] > self.k else None
+        )
         y = self._output(x, residual) if out is None else out
         if e is not None and x.shape[1] > self.k:
             _gemm(x, e[: self.n].T, y, residual, alpha)
@@ -201,7 +207,10 @@ class LinearGroup:
 
     def _output(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return torch.empty(
-            x.shape[0], self.n, dtype=x.dtype if residual is None else residual.dtype, device=x.device
+            x.shape[0],
+            self.n,
+            dtype=x.dtype if residual is None else residual.dtype,
+            device=x.device,
         )
 
     def _in_place(self, x_TK: Tensor, y: Tensor, residual: Tensor | None, alpha: float) -> None:
@@ -212,7 +221,9 @@ class LinearGroup:
             if view.bias is not None and residual is None and alpha == 1.0:
                 torch.addmm(view.bias.to(self.dtype), x_TK, view.weight.T, out=target)
                 continue
-            _gemm(x_TK, view.weight.T, target, None if residual is None else residual[:, rows], alpha)
+            _gemm(
+                x_TK, view.weight.T, target, None if residual is None else residual[:, rows], alpha
+            )
             if view.bias is not None:
                 target.add_(view.bias, alpha=alpha)
 
@@ -223,9 +234,11 @@ class LinearGroup:
         if not self.columns or (e is None and not self.rank):
             return None
         a_CK = self._a_rows() if e is None else e[self.n :, : self.k]
-        t_TC = torch.empty(
-            x_TK.shape[0], self.columns, dtype=self.dtype, device=self.device
-        ) if out is None or not out.shape[1] else out
+        t_TC = (
+            torch.empty(x_TK.shape[0], self.columns, dtype=self.dtype, device=self.device)
+            if out is None or not out.shape[1]
+            else out
+        )
         torch.mm(x_TK, a_CK.T, out=t_TC)
         for i, (view, ranks) in enumerate(zip(self.views, self.ranks, strict=True)):
             if view.lora is not None and view.lora.dropout > 0:
@@ -259,7 +272,8 @@ class LinearGroup:
         wanted = [
             (i, view.lora)
             for i, view in enumerate(self.views)
-            if view.lora is not None and (view.lora.a_RK.requires_grad or view.lora.b_NR.requires_grad)
+            if view.lora is not None
+            and (view.lora.a_RK.requires_grad or view.lora.b_NR.requires_grad)
         ]
         if not wanted or t_TR is None:
             return

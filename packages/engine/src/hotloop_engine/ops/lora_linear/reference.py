@@ -12,7 +12,9 @@ from .views import LinearView
 
 def lora_linear_reference(x_TK: Tensor, view: LinearView, mask_TK: Tensor | None = None) -> Tensor:
     """y = x W^T + b + s (x * mask) A^T B^T. mask: 0 or 1 / (1 - p), where the adapter has dropout."""
-    y_TN = torch.nn.functional.linear(x_TK, dense_weight(view.weight, x_TK.dtype), _cast(view.bias, x_TK))
+    y_TN = torch.nn.functional.linear(
+        x_TK, dense_weight(view.weight, x_TK.dtype), _cast(view.bias, x_TK)
+    )
     if view.lora is None:
         return y_TN
     x_TK = x_TK if mask_TK is None else x_TK * mask_TK

@@ -1,0 +1,49 @@
+"""`hotloop data`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .terminal import console, examples
+from .train import Overrides, RecipeFile  # noqa: TC001 - typer reads them
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from hotloop.training.render import Row
+
+
+@examples("hotloop data recipe.toml", "hotloop data recipe.toml --rows 10 --set data.loss_on=all")
+def data(
+    recipe: RecipeFile,
+    rows: Annotated[int, typer.Option(help="How many rows to show.")] = 3,
+    overrides: Overrides = None,
+) -> None:
+    """Show rows as the model sees them; trained tokens are green, the others dim."""
+    from hotloop.training.data import prepare
+    from hotloop.training.models import load_tokenizer
+    from hotloop.training.recipe import read_recipe
+
+    checked = read_recipe(recipe, overrides=overrides or [])
+    tokenizer = load_tokenizer(checked)
+    prepared = prepare(checked, tokenizer)
+    for number, row in enumerate(prepared.train[:rows], start=1):
+        show_row(tokenizer, row, f"row {number}: {len(row)} tokens, {row.trained} trained")
+    console().print(str(prepared.report), markup=False)
+
+
+def show_row(tokenizer: PreTrainedTokenizerBase, row: Row, title: str) -> None:
+    """Prints a row token by token, the trained ones in green."""
+    from itertools import groupby
+
+    from rich.panel import Panel
+    from rich.text import Text
+
+    text = Text()
+    pairs = zip(row.ids.tolist(), (row.labels >= 0).tolist(), strict=True)
+    for trained, group in groupby(pairs, key=lambda pair: pair[1]):
+        ids = [token for token, _ in group]
+        text.append(tokenizer.decode(ids), style="green" if trained else "dim")
+    console().print(Panel(text, title=title, title_align="left"))

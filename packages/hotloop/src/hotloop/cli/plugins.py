@@ -1,0 +1,64 @@
+"""`hotloop plugins`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from hotloop_core import discover
+
+from .terminal import console, examples, print_json
+
+if TYPE_CHECKING:
+    from hotloop_core import Plugin
+
+
+@examples("hotloop plugins", "hotloop plugins --json")
+def plugins(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    block: Annotated[
+        list[str] | None, typer.Option(help="List without loading this plugin.")
+    ] = None,
+) -> None:
+    """List what is installed, what each plugin claims, and what is broken."""
+    found = discover(block=block or ()).plugins
+    if as_json:
+        print_json([_row(plugin) for plugin in found])
+        return
+    from rich.table import Table
+
+    table = Table("plugin", "distribution", "version", "what it claims", "state")
+    for plugin in found:
+        row = _row(plugin)
+        claims = [f"{f['name']}: {', '.join(f['model_types'])}" for f in row["families"]]
+        claims += [f"{e['name']}: {', '.join(e['quants'])}" for e in row["exporters"]]
+        claims += [f"{o['op']}: {o['name']} ({', '.join(o['devices'])})" for o in row["ops"]]
+        state = "[yellow]blocked[/]" if plugin.blocked else "[green]ok[/]"
+        if plugin.problem:
+            state = "[red]broken[/]"
+        table.add_row(plugin.name, plugin.distribution, plugin.version, "\n".join(claims), state)
+    console().print(table)
+    for plugin in found:
+        if plugin.trace:
+            console().rule(f"[red]{plugin.name} ({plugin.distribution} {plugin.version}) is broken")
+            console().print(plugin.trace, markup=False, highlight=False)
+
+
+def _row(plugin: Plugin) -> dict[str, Any]:
+    return {
+        "name": plugin.name,
+        "distribution": plugin.distribution,
+        "version": plugin.version,
+        "blocked": plugin.blocked,
+        "problem": plugin.problem,
+        "trace": plugin.trace,
+        "families": [
+            {"name": family.name, "model_types": sorted(family.model_types)}
+            for family in plugin.families
+        ],
+        "exporters": [
+            {"name": exporter.name, "summary": exporter.summary, "quants": dict(exporter.quants)}
+            for exporter in plugin.exporters
+        ],
+        "ops": [{"op": op.op, "name": op.name, "devices": sorted(op.devices)} for op in plugin.ops],
+    }

@@ -1,0 +1,75 @@
+"""`hotloop train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .terminal import console, errors, examples
+
+if TYPE_CHECKING:
+    from hotloop.training.run import Run
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a value of the recipe: lora.r=32. Repeatable."
+    ),
+]
+RecipeFile = Annotated[
+    Path, typer.Argument(help="A recipe, .toml or .yaml; `hotloop schema` has every key.")
+]
+
+
+@examples(
+    "hotloop train recipe.toml",
+    "hotloop train recipe.toml --set lora.r=32 --set output.directory=runs/r32",
+    "hotloop train recipe.toml --dry-run",
+    "hotloop train recipe.toml --resume",
+)
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Show plan, steps and one rendered row; train nothing."),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+) -> None:
+    """Train as a recipe says."""
+    from hotloop.training.recipe import read_recipe
+
+    checked = read_recipe(recipe, overrides=overrides or [])
+    from hotloop.training.run import Run
+
+    with Run(checked, resume=resume, overwrite=overwrite, console=errors()) as run:
+        describe(run)
+        if dry_run:
+            from .data import show_row
+
+            show_row(run.tokenizer, run.data.train[0], "first row")
+            return
+        report = run.train()
+    console().print(str(report), markup=False)
+    console().print(f"Talk to it: hotloop chat {report.directory}", markup=False)
+
+
+def describe(run: Run) -> None:
+    """Prints the data, the bins, the steps and the plan."""
+    out = errors()
+    out.print(str(run.data.report), markup=False)
+    if run.bins.packing is not None:
+        out.print(str(run.bins.packing), markup=False)
+    schedule = run.recipe.schedule
+    batch = schedule.batch_size * schedule.gradient_accumulation
+    trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    out.print(
+        f"{run.steps:,} steps of {batch} bins; {trained:,} trained parameters on {run.device}"
+    )
+    if run.plan is not None:
+        out.print(str(run.plan), markup=False)

@@ -1,0 +1,203 @@
+"""FastLanguageModel: `load`, `add_lora` and `export` under the names that such scripts use."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from hotloop_core.errors import ConfigError
+
+from .refusals import FROM_PRETRAINED, GET_PEFT_MODEL, refuse
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hotloop.planner.make import Placements
+
+Checkpointing = Literal["offload", "unsloth"] | bool
+
+
+def is_bfloat16_supported() -> bool:
+    """Whether this machine trains in bf16: a card that has it in hardware, or a CPU, where autocast has it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return True
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+class FastLanguageModel:
+    """Loads a model and puts adapters on it. All methods are static; the model is transformers' and PEFT's own."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str,
+        max_seq_length: int = 2048,
+        dtype: torch.dtype | str | None = None,
+        load_in_4bit: bool = True,
+        load_in_16bit: bool = False,
+        full_finetuning: bool = False,
+        token: str | bool | None = None,
+        trust_remote_code: bool = False,
+        *,
+        vram: str | int | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        device: str | torch.device | None = None,
+        rope_scaling: Mapping[str, Any] | None = None,
+        attn_implementation: str | None = None,
+        use_gradient_checkpointing: Checkpointing = "offload",
+        family: str | None = None,
+        **others: Any,
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """`hotloop.load` under the field's names: returns (model, tokenizer).
+
+        load_in_16bit and full_finetuning each mean that the base is not quantised, whatever load_in_4bit says by
+        default. `others` is only there to be refused by name.
+
+        Raises:
+            UnsupportedError, UnknownArgumentError: an argument that Hotloop does not have. Else as `hotloop.load`.
+
+        """
+        refuse(
+            "from_pretrained", others, _names(FastLanguageModel.from_pretrained), FROM_PRETRAINED
+        )
+        from hotloop.loading import load
+
+        model, tokenizer = load(
+            model_name,
+            bits=4 if load_in_4bit and not (load_in_16bit or full_finetuning) else 16,
+            dtype=dtype,
+            max_seq_len=max_seq_length,
+            vram=vram,
+            family=family,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            attn=attn_implementation,
+            device=device,
+            token=token,
+            local_files_only=local_files_only,
+            rope_scaling=rope_scaling,
+            full_finetuning=full_finetuning,
+            placements=_placements(use_gradient_checkpointing),
+        )
+        model.max_seq_length = max_seq_length
+        _add_saving(model)
+        return model, tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: PreTrainedModel,
+        r: int = 16,
+        target_modules: str | Sequence[str] = "all-linear",
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: Literal["none", "all", "lora_only"] = "none",
+        use_gradient_checkpointing: Checkpointing = "offload",
+        random_state: int = 3407,
+        use_rslora: bool = False,
+        modules_to_save: Sequence[str] | None = None,
+        max_seq_length: int | None = None,
+        **others: Any,
+    ) -> PeftModel:
+        """`hotloop.add_lora` under the field's names.
+
+        use_gradient_checkpointing: "offload" (or "unsloth"): the fastest plan that fits the memory; offloading to host
+        memory is not built yet, so what does not fit is recomputed, and the plan says so. True: recompute every layer.
+        False: keep everything. `others` is only there to be refused by name.
+
+        Raises:
+            UnsupportedError, UnknownArgumentError: an argument that Hotloop does not have. Else as `hotloop.add_lora`.
+
+        """
+        refuse("get_peft_model", others, _names(FastLanguageModel.get_peft_model), GET_PEFT_MODEL)
+        from peft import PeftModel
+
+        adapted_already = isinstance(model, PeftModel)
+        if not adapted_already and any(p.requires_grad for p in model.parameters()):
+            raise ConfigError(
+                "get_peft_model: the model's weights train already (full_finetuning=True); leave this call out, or load "
+                "without full_finetuning"
+            )
+        loaded = getattr(model, "max_seq_length", None)
+        if max_seq_length not in (None, loaded):
+            raise ConfigError(
+                f"get_peft_model(max_seq_length={max_seq_length}): the model was loaded for {loaded}; pass it to "
+                "from_pretrained"
+            )
+        from hotloop.lora import add_lora
+
+        adapted = add_lora(
+            model,
+            r=r,
+            alpha=lora_alpha,
+            dropout=lora_dropout,
+            targets=target_modules,
+            seed=random_state,
+            rslora=use_rslora,
+            bias=bias,
+            modules_to_save=modules_to_save,
+            placements=_placements(use_gradient_checkpointing),
+        )
+        _add_saving(adapted)
+        return adapted
+
+    @staticmethod
+    def for_training(
+        model: PreTrainedModel, use_gradient_checkpointing: Checkpointing | None = None
+    ) -> PreTrainedModel:
+        """Training mode, without a key/value cache. use_gradient_checkpointing: plan again for it; None: as planned."""
+        if use_gradient_checkpointing is not None:
+            _replan(model, _placements(use_gradient_checkpointing))
+        model.config.use_cache = False
+        return model.train()
+
+    @staticmethod
+    def for_inference(model: PreTrainedModel) -> PreTrainedModel:
+        """Evaluation mode, with a key/value cache."""
+        model.config.use_cache = True
+        return model.eval()
+
+
+class FastModel(FastLanguageModel):
+    """The same for any installed family; FastLanguageModel is not limited to some either."""
+
+
+def _names(function: Any) -> list[str]:
+    return [n for n in inspect.signature(function).parameters if n not in ("others", "model")]
+
+
+def _placements(checkpointing: Checkpointing) -> Placements | None:
+    match checkpointing:
+        case True:
+            return "recompute"
+        case False:
+            return "keep"
+        case "offload" | "unsloth":
+            return None
+    raise ConfigError(
+        f"use_gradient_checkpointing={checkpointing!r}; expected 'offload' (or 'unsloth'), True or False"
+    )
+
+
+def _replan(model: PreTrainedModel, placements: Placements | None) -> None:
+    from hotloop.planner import plan
+    from hotloop.wiring import receipt_of
+
+    receipt = receipt_of(model)
+    if receipt is None or receipt.plan is None:
+        return
+    now = receipt.plan
+    new = plan(
+        model, tokens=now.tokens, longest=now.longest, vram=now.budget, placements=placements
+    )
+    receipt.replan(new)
+
+
+def _add_saving(model: PreTrainedModel) -> None:
+    from .saving import add_saving
+
+    add_saving(model)

@@ -1,0 +1,124 @@
+"""Arguments that scripts of this kind pass and Hotloop does not have: refused by name, or passed over where they are off.
+
+Each entry: name -> (the values that ask for nothing, why any other is refused and what to do instead).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hotloop_core.errors import ConfigError, UnsupportedError
+
+Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
+
+
+class UnknownArgumentError(ConfigError, TypeError):
+    """An argument that no function of this name has."""
+
+
+FROM_PRETRAINED: Refusals = {
+    "load_in_8bit": (
+        (False, None),
+        "8-bit bases are not trained; use load_in_4bit or load_in_16bit",
+    ),
+    "load_in_fp8": ((False, None), "fp8 bases are not trained; use load_in_4bit or load_in_16bit"),
+    "fast_inference": (
+        (False, None),
+        "there is no vLLM inside; export the model and serve it with vLLM",
+    ),
+    "gpu_memory_utilization": (
+        (None, 0.5),
+        "it belongs to fast_inference; cap memory with vram='20GiB'",
+    ),
+    "float8_kv_cache": ((False, None), "it belongs to fast_inference, which Hotloop does not have"),
+    "max_lora_rank": ((None, 16, 64), "it belongs to fast_inference; get_peft_model takes r"),
+    "disable_log_stats": (
+        (True, None),
+        "it belongs to fast_inference, which Hotloop does not have",
+    ),
+    "device_map": (
+        ("sequential", "auto", None),
+        "a model lives on one device here; pass device='cuda:1'",
+    ),
+    "fix_tokenizer": (
+        (True,),
+        "a tokenizer that disagrees with its embedding is an error; repair it and save it",
+    ),
+    "resize_model_vocab": (
+        (None,),
+        "use model.resize_token_embeddings, save the model and load that",
+    ),
+    "use_exact_model_name": ((True, False, None), ""),
+    "offload_embedding": ((False, None), "offloading weights to host memory is not built yet"),
+    "random_state": ((None, 3407), "loading is not random; get_peft_model takes random_state"),
+    "return_logits": (
+        (False, None),
+        "logits come from the model whenever it is called without labels",
+    ),
+    "qat_scheme": ((None,), "quantisation-aware training is not built"),
+    "text_only": ((None, True), "only text models are trained"),
+    "auto_model": ((None,), "models are loaded as causal language models"),
+    "tokenizer_name": (
+        (None,),
+        "the tokenizer is the model's own; pass another one to your trainer",
+    ),
+}
+
+GET_PEFT_MODEL: Refusals = {
+    "use_dora": (
+        (False, None),
+        "the engine has no DoRA; use LoRA, or use_rslora=True for high ranks",
+    ),
+    "loftq_config": (({}, None), "the engine has no LoftQ initialisation; A is random and B zero"),
+    "init_lora_weights": (
+        (True, None),
+        "other initialisations are not offered; A is random and B zero",
+    ),
+    "layers_to_transform": (
+        (None,),
+        "name layers in target_modules, as a regular expression over module paths",
+    ),
+    "layers_pattern": (
+        (None,),
+        "name layers in target_modules, as a regular expression over module paths",
+    ),
+    "target_parameters": ((None,), "adapters go on linear layers; name them in target_modules"),
+    "temporary_location": (
+        (None, "_unsloth_temporary_saved_buffers"),
+        "nothing is written while adapters are made",
+    ),
+    "qat_scheme": ((None,), "quantisation-aware training is not built"),
+    "ensure_weight_tying": (
+        (False, None),
+        "tied weights that train apart are refused when the model is wired",
+    ),
+    "finetune_vision_layers": ((False, None), "only text models are trained"),
+    "finetune_language_layers": ((True, None), "there would be nothing left to train"),
+    "finetune_attention_modules": ((True, None), "name the projections in target_modules"),
+    "finetune_mlp_modules": ((True, None), "name the projections in target_modules"),
+}
+
+
+def refuse(
+    function: str, arguments: Mapping[str, Any], accepted: Iterable[str], refusals: Refusals
+) -> None:
+    """Passes over what is off; refuses the rest by name.
+
+    Raises:
+        UnsupportedError: something that Hotloop does not have, with what to do instead.
+        UnknownArgumentError: a name that nobody knows, with the nearest one.
+
+    """
+    for name, value in arguments.items():
+        if name not in refusals:
+            known = sorted({*accepted, *refusals})
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise UnknownArgumentError(
+                f"{function} has no argument {name!r}.{hint} It takes {', '.join(sorted(accepted))}."
+            )
+        off, why = refusals[name]
+        if not any(type(value) is type(quiet) and value == quiet for quiet in off):
+            raise UnsupportedError(f"{function}({name}={value!r}): {why}")

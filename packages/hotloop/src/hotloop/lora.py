@@ -1,0 +1,173 @@
+"""`add_lora`: low-rank adapters (arXiv:2106.09685) by PEFT, on the projections that a family describes."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from hotloop_core import FamilySpec, Plan, discover
+from hotloop_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from hotloop.planner.make import Placements
+
+ROLES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def add_lora(
+    model: PreTrainedModel,
+    *,
+    r: int = 16,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: str | Sequence[str] = "all-linear",
+    seed: int = 3407,
+    rslora: bool = False,
+    bias: Literal["none", "all", "lora_only"] = "none",
+    modules_to_save: Sequence[str] | None = None,
+    placements: Placements | None = None,
+    family: str | None = None,
+) -> PeftModel:
+    """Puts LoRA adapters on a model: y = W x + s B A dropout(x), s = alpha / r (rslora: alpha / sqrt(r)).
+
+    Only the adapters (and what `bias` and `modules_to_save` name) train. They are kept in fp32, as PEFT does, whatever
+    the base is in. The same seed gives the same A, and the global random state is left alone.
+
+    Args:
+        model: wired or not; a wired one gets a plan for its larger need.
+        targets: "all-linear": the seven projections of every decoder layer. A list of roles (q, k, v, o, gate, up, down)
+            or module names (q_proj, ...). Any other text is a regular expression over whole module paths.
+        dropout: on the adapters' input, in [0, 1). modules_to_save: trained in full, saved with the adapter.
+        placements: fixed choices for the plan; None: the fastest that fits. family: as for `load`.
+
+    Returns:
+        A PEFT model; save_pretrained, merging and disabling are PEFT's own.
+
+    Raises:
+        ConfigError: an argument that cannot be, or a target that is nowhere in the model.
+        BudgetError: the adapters do not fit beside the rest; names what would. The model is as it was.
+
+    """
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if isinstance(model, PeftModel):
+        raise ConfigError(
+            "the model has adapters already; add another with model.add_adapter, or start from the base"
+        )
+    if r < 1 or alpha <= 0 or not 0.0 <= dropout < 1.0:
+        raise ConfigError(
+            f"r={r}, alpha={alpha}, dropout={dropout}; expected r >= 1, alpha > 0, 0 <= dropout < 1"
+        )
+    config = model.config.to_dict()
+    spec = discover().match(config, family=family)
+    names = _modules(model, spec, targets)
+    roles = _roles(spec, config, names, model)
+    planned = _plan(model, dict.fromkeys(roles, r), placements)
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
+        torch.manual_seed(seed)
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=r,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                target_modules=names,
+                bias=bias,
+                use_rslora=rslora,
+                modules_to_save=None if modules_to_save is None else list(modules_to_save),
+            ),
+        )
+    if planned is not None:
+        from hotloop.wiring import receipt_of
+
+        receipt = receipt_of(adapted)
+        if receipt is not None:
+            receipt.replan(planned)
+    return adapted
+
+
+def projections(spec: FamilySpec, config: dict) -> dict[str, str]:
+    """Role -> path within the layer, of the projections that the family describes."""
+    layer = spec.layer_spec(config, 0)
+    parts = (layer.attention, layer.mlp)
+    return {
+        role: path
+        for role in ROLES
+        for part in parts
+        if isinstance(path := getattr(part, role, None), str)
+    }
+
+
+def _modules(
+    model: PreTrainedModel, spec: FamilySpec, targets: str | Sequence[str]
+) -> list[str] | str:
+    """PEFT's target_modules: module names, each of which is in the model, or a regular expression that matches some."""
+    paths = [name for name, _ in model.named_modules() if name]
+    leaves = {path.rpartition(".")[2] for path in paths}
+    by_role = {
+        role: path.rpartition(".")[2]
+        for role, path in projections(spec, model.config.to_dict()).items()
+    }
+    if isinstance(targets, str) and targets != "all-linear":
+        if not any(re.fullmatch(targets, path) for path in paths):
+            raise ConfigError(
+                f"targets={targets!r} matches no module path; expected 'all-linear', a list of names, or a regular "
+                f"expression for paths such as {spec.layers}.0.{next(iter(projections(spec, model.config.to_dict()).values()))}"
+            )
+        return targets
+    wanted = list(by_role) if targets == "all-linear" else list(targets)
+    if not wanted:
+        raise ConfigError("targets is empty; name at least one module, or 'all-linear'")
+    names = [by_role.get(name, name) for name in wanted]
+    for name in names:
+        if name.rpartition(".")[2] not in leaves:
+            near = difflib.get_close_matches(name, sorted(leaves | by_role.keys()), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"targets: no module is named {name!r}.{hint} The projections are {', '.join(by_role.values())}."
+            )
+    return sorted(set(names))
+
+
+def _roles(
+    spec: FamilySpec, config: dict, names: list[str] | str, model: PreTrainedModel
+) -> list[str]:
+    """The roles that get an adapter, for the plan."""
+    roles: list[str] = []
+    for role, path in projections(spec, config).items():
+        if isinstance(names, str):
+            hit = re.fullmatch(names, f"{spec.layers}.0.{path}") is not None
+        else:
+            hit = any(f".{path}".endswith(f".{name}") for name in names)
+        if hit:
+            roles.append(role)
+    return roles
+
+
+def _plan(
+    model: PreTrainedModel, ranks: dict[str, int], placements: Placements | None
+) -> Plan | None:
+    """The plan of a wired model for its adapters, within the budget that it was wired for; None if it is not wired."""
+    from hotloop.planner import plan
+    from hotloop.wiring import receipt_of
+
+    receipt = receipt_of(model)
+    if receipt is None or receipt.plan is None:
+        return None
+    now = receipt.plan
+    return plan(
+        model,
+        tokens=now.tokens,
+        longest=now.longest,
+        lora=ranks,
+        vram=now.budget,
+        placements=placements,
+    )

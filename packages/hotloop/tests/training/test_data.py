@@ -1,0 +1,264 @@
+"""From files to tokens: what is read, what is trained, what is held out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hotloop.chat_templates import (
+    CHAT_TEMPLATES,
+    get_chat_template,
+    standardize_data_formats,
+    train_on_responses_only,
+)
+from hotloop.training.batches import Bins, collate
+from hotloop.training.data import Prepared, prepare, split_held_out
+from hotloop.training.recipe import DataSection, make_recipe
+from hotloop.training.render import Renderer, Row
+from hotloop.training.rows import read_rows
+from hotloop_core.errors import ConfigError, DataError, SecurityError
+from transformers import PreTrainedTokenizerFast
+
+Tokenizer = PreTrainedTokenizerFast
+
+
+def write(path: Path, records: Sequence[Any]) -> str:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def chat(*turns: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]}
+
+
+def render(tokenizer: Tokenizer, record: dict[str, Any], form: str = "chat", **options: Any) -> Row:
+    return Renderer(tokenizer, DataSection(path="-", **options), form)(record, "row 1")
+
+
+def trained_text(tokenizer: Tokenizer, row: Row) -> str:
+    return tokenizer.decode([token for token in row.labels.tolist() if token >= 0])
+
+
+def prepared(tokenizer: Tokenizer, path: str, max_seq_len: int = 64, **data: Any) -> Prepared:
+    return prepare(
+        make_recipe(
+            {
+                "model": {"name": "-", "max_seq_len": max_seq_len},
+                "data": {"path": path, "held_out": 0.0, **data},
+                "output": {"directory": "-"},
+            }
+        ),
+        tokenizer,
+    )
+
+
+def test_each_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": "a, b", "completion": 'say "c"\nd'}, {"prompt": "e", "completion": "ü"}]
+    write(tmp_path / "r.jsonl", rows)
+    (tmp_path / "r.json").write_text(json.dumps(rows))
+    (tmp_path / "r.csv").write_text('prompt,completion\n"a, b","say ""c""\nd"\ne,ü\n')
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
+    for suffix in ("jsonl", "json", "csv", "parquet"):
+        assert read_rows(str(tmp_path / f"r.{suffix}")) == rows, suffix
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("r.jsonl", '{"a": 1}\n{"a": ', "line 2 is not well-formed JSON"),
+        ("r.jsonl", "[1]\n", "line 1 holds a list"),
+        ("r.jsonl", "\n", "has no rows"),
+        ("r.json", '{"a": 1}', "expected a list"),
+        ("r.csv", "a,b\n1\n", "do not match the header"),
+        ("r.parquet", "no parquet", "not a whole Parquet file"),
+        ("r.txt", "text", "expected a file that ends in"),
+    ],
+)
+def test_a_file_that_is_not_what_it_says_is_refused(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_rows(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pt", "bin", "npy"])
+def test_pickled_data_is_refused_unread(suffix: str) -> None:
+    with pytest.raises(SecurityError, match="can run code"):
+        read_rows(f"does-not-even-exist.{suffix}")
+
+
+@pytest.mark.parametrize("template", ["chatml", "mistral", "zephyr", "alpaca"])
+def test_exactly_the_answers_of_a_multi_turn_chat_are_trained(
+    tokenizer: Tokenizer, template: str
+) -> None:
+    get_chat_template(tokenizer, template)
+    row = render(tokenizer, chat("What is it?", " A fast loop.", "And you?", "A\nmodel"), system=None)
+    answers = trained_text(tokenizer, row).replace(" ", "")
+    end = tokenizer.eos_token
+    assert answers == f"Afastloop.{end}A\nmodel{end}"
+
+
+def test_loss_on_all_trains_every_token(tokenizer: Tokenizer) -> None:
+    row = render(tokenizer, chat("q", "a"), loss_on="all")
+    assert row.labels.tolist() == row.ids.tolist()
+
+
+def test_a_system_message_is_added_once_and_not_trained(tokenizer: Tokenizer) -> None:
+    row = render(tokenizer, chat("q", "a"), system="Be brief.")
+    assert tokenizer.decode(row.ids.tolist()).count("Be brief.") == 1
+    assert trained_text(tokenizer, row) == "a<|im_end|>"
+
+
+def test_prompt_and_completion_train_the_completion_and_its_end(tokenizer: Tokenizer) -> None:
+    record = {"prompt": "two and two are", "completion": " four"}
+    row = render(tokenizer, record, "prompt_completion")
+    assert trained_text(tokenizer, row) == " four<|im_end|>"
+    talk = chat("hello", "hi")["messages"]
+    row = render(tokenizer, {"prompt": talk, "completion": chat("x", "bye")["messages"][1:]}, "prompt_completion")
+    assert trained_text(tokenizer, row) == "bye<|im_end|>"
+
+
+def test_plain_text_trains_all_of_it(tokenizer: Tokenizer) -> None:
+    row = render(tokenizer, {"text": "just text"}, "text")
+    assert trained_text(tokenizer, row) == "just text<|im_end|>"
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused(tokenizer: Tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:"
+        "{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    assert trained_text(tokenizer, render(tokenizer, chat("q", "hm</think>a"))).strip() == "hm</think>a"
+    with pytest.raises(DataError, match="changes an earlier answer"):
+        render(tokenizer, chat("q", "hm</think>a", "again", "b"))
+
+
+def test_rows_without_the_named_fields_are_listed_by_number(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", [chat("q", "a"), {"text": "x"}, chat("q", "b"), {"messages": None}])
+    with pytest.raises(DataError, match=r"2 of 4 rows without 'messages' \(rows 2, 4; row 2 has 'text'"):
+        prepared(tokenizer, path)
+
+
+def test_rows_that_fit_no_form_say_what_was_found(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", [{"question": "q", "answer": "a"}])
+    with pytest.raises(DataError, match=r"'question', 'answer', which fit no form"):
+        prepared(tokenizer, path)
+    named = {"prompt_field": "question", "completion_field": "answer"}
+    assert prepared(tokenizer, path, **named).report.form == "prompt_completion"
+
+
+def test_rows_without_a_trained_token_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", [chat("q", "a"), chat("only a question")])
+    with pytest.raises(DataError, match=r"1 of 2 rows with no token to train on \(rows 2"):
+        prepared(tokenizer, path)
+
+
+def test_overlong_rows_are_refused_cut_dropped_or_split_as_asked(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    long = " ".join(f"word{i}" for i in range(60))
+    path = write(tmp_path / "r.jsonl", [{"text": "short"}, {"text": long}])
+    full = len(render(tokenizer, {"text": long}, "text"))
+    with pytest.raises(DataError, match=r"1 of 2 rows with more than max_seq_len = 64 tokens \(rows 2"):
+        prepared(tokenizer, path)
+    cut, drop, split = (prepared(tokenizer, path, overlong=how) for how in ("cut", "drop", "split"))
+    assert cut.report.overlong == drop.report.overlong == split.report.overlong == 1
+    assert [len(row) for row in cut.train][1:] == [64] and cut.report.dropped_tokens == full - 64
+    assert len(drop.train) == drop.report.dropped_rows == 1 and drop.report.dropped_tokens == full
+    assert sum(len(row) for row in split.train[1:]) == full and split.report.dropped_tokens == 0
+    assert "1 rows were longer" in str(cut.report)
+
+
+def test_a_row_whose_answer_was_cut_away_is_dropped_and_counted(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    long = " ".join(f"word{i}" for i in range(60))
+    path = write(tmp_path / "r.jsonl", [chat("q", "a"), chat(long, "answer")])
+    report = prepared(tokenizer, path, overlong="cut").report
+    assert (report.rows, report.dropped_rows) == (1, 1)
+
+
+def test_the_held_out_side_of_a_row_depends_on_that_row_alone() -> None:
+    records = [{"n": n} for n in range(200)]
+    train, held = split_held_out(records, 0.1, seed=0)
+    assert len(held) == 20 and len(train) == 180
+    again = split_held_out(records[::-1], 0.1, seed=0)[1]
+    assert sorted(r["n"] for r in again) == sorted(r["n"] for r in held)
+    assert split_held_out(records, 0.1, seed=1)[1] != held
+    doubled = split_held_out(records + records, 0.1, seed=0)
+    assert not [r for r in doubled[0] if r in doubled[1]]
+
+
+def test_one_row_cannot_be_split() -> None:
+    with pytest.raises(DataError, match="held_out = 0"):
+        split_held_out([{"n": 1}, {"n": 1}], 0.5, seed=0)
+
+
+def test_a_batch_keeps_rows_apart_and_masks_their_first_labels(
+    tokenizer: Tokenizer, qa_records: list[dict[str, Any]]
+) -> None:
+    rows = [render(tokenizer, record, loss_on="all") for record in qa_records[:40]]
+    bins = Bins(rows, capacity=512, packed=True, seed=0)
+    assert len(bins) < 40
+    batch = collate([bins[0], bins[1]])
+    starts = batch["position_ids"][0] == 0
+    assert int(starts.sum()) == len(bins[0]) + len(bins[1])
+    assert bool((batch["labels"][0][starts] == -100).all())
+    assert batch["cu_seq_lens_q"].tolist()[-1] == batch["input_ids"].shape[1]
+    every = sorted(id(row) for index in range(len(bins)) for row in bins[index])
+    assert every == sorted(map(id, rows))
+
+
+def test_a_batch_without_a_trained_token_is_refused(tokenizer: Tokenizer) -> None:
+    row = render(tokenizer, chat("q", "a"))
+    with pytest.raises(DataError, match="no trained token"):
+        collate([[row[:2]]])
+
+
+def test_a_template_whose_stop_token_is_missing_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"'<\|eot_id\|>', which is not in this"):
+        get_chat_template(tokenizer, "llama-3")
+    with pytest.raises(ConfigError, match="no built-in chat template 'llama3'"):
+        get_chat_template(tokenizer, "llama3")
+    assert set(CHAT_TEMPLATES) >= {"chatml", "llama-3", "gemma", "mistral", "alpaca"}
+
+
+def test_other_conversation_formats_become_messages() -> None:
+    import datasets
+
+    rows = [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}]
+    expected = chat("q", "a")["messages"]
+    assert standardize_data_formats(rows) == [{"messages": expected}]
+    converted = standardize_data_formats(datasets.Dataset.from_list(rows))
+    assert converted.column_names == ["messages"] and converted[0]["messages"] == expected
+    with pytest.raises(DataError, match="expected from/value"):
+        standardize_data_formats([{"conversations": [{"from": "dog", "value": "woof"}]}])
+
+
+class FakeTrainer:
+    def __init__(self, tokenizer: Tokenizer, dataset: Any) -> None:
+        self.processing_class, self.train_dataset, self.eval_dataset = tokenizer, dataset, None
+
+
+def test_train_on_responses_only_masks_what_is_outside_the_answers(tokenizer: Tokenizer) -> None:
+    import datasets
+
+    text = tokenizer.apply_chat_template(chat("q", "a", "r", "b")["messages"], tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    parts = ("<|im_start|>user\n", "<|im_start|>assistant\n")
+    trainer = FakeTrainer(tokenizer, datasets.Dataset.from_dict({"input_ids": [ids]}))
+    train_on_responses_only(trainer, *parts)  # type: ignore[arg-type]
+    labels = trainer.train_dataset[0]["labels"]
+    assert tokenizer.decode([t for t in labels if t >= 0]) == "a<|im_end|>\nb<|im_end|>\n"
+    wrong = FakeTrainer(tokenizer, datasets.Dataset.from_dict({"input_ids": [ids]}))
+    with pytest.raises(DataError, match="nothing would be trained"):
+        train_on_responses_only(wrong, "USER:", "ASSISTANT:")  # type: ignore[arg-type]
