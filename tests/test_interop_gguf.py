@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
@@ -217,10 +225,10 @@ PROMPT = list(range(3, 60)) * 2
             }
         },
     ],
-    ids=lambda c: "-".join(
-        f"{k}={v['rope_type'] if isinstance(v, dict) else v}" for k, v in c.items()
-    )
-    or "plain",
+    ids=lambda c: (
+        "-".join(f"{k}={v['rope_type'] if isinstance(v, dict) else v}" for k, v in c.items())
+        or "plain"
+    ),
 )
 def test_f32_file_computes_what_transformers_computes(
     changes: dict[str, Any], tokenizer: Any, tmp_path: Path
@@ -271,7 +279,6 @@ def test_adapter_is_merged_into_the_file(tokenizer: Any, tmp_path: Path) -> None
         ("smollm", SMOLLM, False),
         ("gpt-2", GPT2, False),
         ("llama-bpe", split_like(LLAMA3), True),
-        ("smaug-bpe", split_like(LLAMA3), False),
         ("qwen2", split_like(QWEN2), False),
     ],
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +32,8 @@ def tiny_tokenizer():
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory, tiny_tokenizer) -> Path:
-    """A Llama of two layers, hidden size 64, in fp32, with its tokenizer. Read-only: copy it to change it."""
+    """A Llama of two layers, hidden size 64, in fp32, with its tokenizer. Read-only: copy it to
+    change it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

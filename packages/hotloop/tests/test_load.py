@@ -78,6 +78,15 @@ def test_four_bit_quantises_the_projections_and_nothing_else(tiny_llama):
     assert (state.quant_type, state.nested, state.blocksize) == ("nf4", True, 64)
 
 
+def test_evaluating_a_four_bit_model_leaves_its_weights_as_they_are(tiny_llama):
+    model, _ = plain(tiny_llama, bits=4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        model.eval()(torch.arange(10)[None])
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
 def test_a_saved_four_bit_checkpoint_loads_bit_for_bit_and_refuses_16(
     tiny_llama, tiny_tokenizer, tmp_path
 ):

@@ -95,8 +95,14 @@ def test_a_gguf_is_the_model_and_the_tokenizer_that_it_was_written_from(
     for text in ("the quick brown fox", " 1234 dogs\n\n jump", "don't  é 漢字"):
         assert tokenizer(text).input_ids == tiny_tokenizer(text).input_ids
         assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<s>", "</s>", "<pad>")
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == (
+        "<s>",
+        "</s>",
+        "<pad>",
+    )
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    )
 
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
@@ -163,7 +169,9 @@ def test_llama3_rope_scaling_comes_back_from_its_divisors(tiny_llama, tiny_token
     rope = plain(file)[0].config.rope_parameters
     assert rope["rope_type"] == "llama3"
     assert (rope["factor"], rope["original_max_position_embeddings"]) == (8.0, 8192)
-    file = write_gguf(tiny_llama, tmp_path / "no.gguf", tiny_tokenizer, rope_freqs=[1.0] * 7 + [3.0])
+    file = write_gguf(
+        tiny_llama, tmp_path / "no.gguf", tiny_tokenizer, rope_freqs=[1.0] * 7 + [3.0]
+    )
     with pytest.raises(UnsupportedError, match="rope_freqs"):
         plain(file)
 

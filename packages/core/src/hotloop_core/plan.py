@@ -1,14 +1,17 @@
-"""A plan: where every tensor that backward needs lives, and what it is expected to cost. Data only; no effect."""
+"""A plan: where every tensor that backward needs lives, and what it is expected to cost. Data only;
+no effect.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from .facts import ModelFacts
 
 GIB = 2**30
@@ -31,8 +34,10 @@ class Placement(StrEnum):
 class SavedTensor:
     """A tensor that a dense layer's backward needs.
 
-    elements: per token, in the model's dtype. extra_bytes: per token beside them (the fp32 log-sum-exp).
-    flops: per token, to compute it again, attention's own (which grow with the sequence) not counted.
+    elements: per token, in the model's dtype. extra_bytes: per token beside them (the fp32
+    log-sum-exp).
+    flops: per token, to compute it again, attention's own (which grow with the sequence) not
+    counted.
     can_recompute: False for the residual stream that enters the layer.
     """
 
@@ -44,7 +49,9 @@ class SavedTensor:
 
 
 def saved_tensors(facts: ModelFacts) -> tuple[SavedTensor, ...]:
-    """What one dense layer's backward needs, in the order of forward. The engine's blocks use these names."""
+    """What one dense layer's backward needs, in the order of forward. The engine's blocks use these
+    names.
+    """
     shapes = facts.linear_shapes()
     d, i = facts.hidden_size, facts.intermediate_size
     q, kv = shapes["q"][0], shapes["k"][0]
@@ -59,7 +66,9 @@ def saved_tensors(facts: ModelFacts) -> tuple[SavedTensor, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """One layer: tensor name -> placement (a name that is not there is kept), and whether its weights are streamed."""
+    """One layer: tensor name -> placement (a name that is not there is kept), and whether its
+    weights are streamed.
+    """
 
     placements: Mapping[str, Placement] = field(default_factory=dict)
     streamed: bool = False
@@ -93,8 +102,9 @@ RECOMPUTE_ALL = LayerPlan(
 class Plan:
     """Placements for every layer, and the prediction that they rest on.
 
-    tokens: per step on this device; longest: the longest sequence among them. memory: what the peak is made of, in
-    bytes, by name. step_ms: predicted, by part; empty where the card is unknown. budget: bytes, or None.
+    tokens: per step on this device; longest: the longest sequence among them. memory: what the peak
+    is made of, in bytes, by name. step_ms: predicted, by part; empty where the card is unknown.
+    budget: bytes, or None.
     notes: why the next faster plan does not fit, and what else a user should know.
     """
 

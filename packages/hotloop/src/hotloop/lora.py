@@ -1,16 +1,19 @@
-"""`add_lora`: low-rank adapters (arXiv:2106.09685) by PEFT, on the projections that a family describes."""
+"""`add_lora`: low-rank adapters (arXiv:2106.09685) by PEFT, on the projections that a family
+describes.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from hotloop_core import FamilySpec, Plan, discover
 from hotloop_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -33,24 +36,35 @@ def add_lora(
     placements: Placements | None = None,
     family: str | None = None,
 ) -> PeftModel:
-    """Puts LoRA adapters on a model: y = W x + s B A dropout(x), s = alpha / r (rslora: alpha / sqrt(r)).
+    """Puts LoRA adapters on a model: y = W x + s B A dropout(x), s = alpha / r (rslora: alpha /
+    sqrt(r)).
 
-    Only the adapters (and what `bias` and `modules_to_save` name) train. They are kept in fp32, as PEFT does, whatever
-    the base is in. The same seed gives the same A, and the global random state is left alone.
+    Only the adapters (and what `bias` and `modules_to_save` name) train. They are kept in fp32, as
+    PEFT does, whatever the base is in. The same seed gives the same A, and the global random state
+    is left alone.
 
     Args:
         model: wired or not; a wired one gets a plan for its larger need.
-        targets: "all-linear": the seven projections of every decoder layer. A list of roles (q, k, v, o, gate, up, down)
-            or module names (q_proj, ...). Any other text is a regular expression over whole module paths.
-        dropout: on the adapters' input, in [0, 1). modules_to_save: trained in full, saved with the adapter.
-        placements: fixed choices for the plan; None: the fastest that fits. family: as for `load`.
+        r: rank.
+        alpha: see the equation.
+        dropout: on the adapters' input, in [0, 1).
+        targets: "all-linear": the seven projections of every decoder layer. A list of roles (q, k,
+            v, o, gate, up, down) or module names (q_proj, ...). Any other text is a regular
+            expression over whole module paths.
+        seed: of A's random values.
+        rslora: see the equation (arXiv:2312.03732).
+        bias: which biases train: "none", "all", or "lora_only" (of the adapted layers).
+        modules_to_save: trained in full, saved with the adapter.
+        placements: fixed choices for the plan; None: the fastest that fits.
+        family: as for `load`.
 
     Returns:
         A PEFT model; save_pretrained, merging and disabling are PEFT's own.
 
     Raises:
         ConfigError: an argument that cannot be, or a target that is nowhere in the model.
-        BudgetError: the adapters do not fit beside the rest; names what would. The model is as it was.
+        BudgetError: the adapters do not fit beside the rest; names what would. The model is as it
+            was.
 
     """
     import torch
@@ -58,7 +72,8 @@ def add_lora(
 
     if isinstance(model, PeftModel):
         raise ConfigError(
-            "the model has adapters already; add another with model.add_adapter, or start from the base"
+            "the model has adapters already; add another with model.add_adapter, or start from the "
+            "base"
         )
     if r < 1 or alpha <= 0 or not 0.0 <= dropout < 1.0:
         raise ConfigError(
@@ -109,7 +124,9 @@ def projections(spec: FamilySpec, config: dict) -> dict[str, str]:
 def _modules(
     model: PreTrainedModel, spec: FamilySpec, targets: str | Sequence[str]
 ) -> list[str] | str:
-    """PEFT's target_modules: module names, each of which is in the model, or a regular expression that matches some."""
+    """PEFT's target_modules: module names, each of which is in the model, or a regular expression
+    that matches some.
+    """
     paths = [name for name, _ in model.named_modules() if name]
     leaves = {path.rpartition(".")[2] for path in paths}
     by_role = {
@@ -119,8 +136,9 @@ def _modules(
     if isinstance(targets, str) and targets != "all-linear":
         if not any(re.fullmatch(targets, path) for path in paths):
             raise ConfigError(
-                f"targets={targets!r} matches no module path; expected 'all-linear', a list of names, or a regular "
-                f"expression for paths such as {spec.layers}.0.{next(iter(projections(spec, model.config.to_dict()).values()))}"
+                f"targets={targets!r} matches no module path; expected 'all-linear', a list of "
+                "names, or a regular expression for paths such as "
+                f"{spec.layers}.0.{next(iter(projections(spec, model.config.to_dict()).values()))}"
             )
         return targets
     wanted = list(by_role) if targets == "all-linear" else list(targets)
@@ -132,7 +150,8 @@ def _modules(
             near = difflib.get_close_matches(name, sorted(leaves | by_role.keys()), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(
-                f"targets: no module is named {name!r}.{hint} The projections are {', '.join(by_role.values())}."
+                f"targets: no module is named {name!r}.{hint} The projections are "
+                f"{', '.join(by_role.values())}."
             )
     return sorted(set(names))
 
@@ -155,7 +174,9 @@ def _roles(
 def _plan(
     model: PreTrainedModel, ranks: dict[str, int], placements: Placements | None
 ) -> Plan | None:
-    """The plan of a wired model for its adapters, within the budget that it was wired for; None if it is not wired."""
+    """The plan of a wired model for its adapters, within the budget that it was wired for; None if
+    it is not wired.
+    """
     from hotloop.planner import plan
     from hotloop.wiring import receipt_of
 

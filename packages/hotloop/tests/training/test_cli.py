@@ -13,9 +13,18 @@ from hotloop.cli import app
 from hotloop.training.recipe import Recipe
 from typer.testing import CliRunner
 
-COMMANDS = (
-    "quickstart train data chat plan verify export plugins doctor schema".split()
-)  # as the issue names them
+COMMANDS = [
+    "quickstart",
+    "train",
+    "data",
+    "chat",
+    "plan",
+    "verify",
+    "export",
+    "plugins",
+    "doctor",
+    "schema",
+]  # as the issue names them
 
 
 def hotloop(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +74,7 @@ def test_public_names_come_lazily_and_are_not_shadowed_by_modules() -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
-        cli.__dict__["app"], __import__("hotloop").trian  # noqa: B018
+        cli.__dict__["app"], __import__("hotloop").trian
 
 
 def test_an_error_is_one_panel_and_exit_status_1() -> None:
@@ -109,7 +118,9 @@ def test_data_shows_the_rows_and_what_of_them_is_trained(recipe: Recipe, tmp_pat
     assert "54 rows (chat) to train on, 6 held out" in result.output
 
 
-def test_a_dry_run_shows_plan_steps_and_a_row_and_writes_nothing(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_dry_run_shows_plan_steps_and_a_row_and_writes_nothing(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     result = CliRunner().invoke(app, ["train", str(recipe_file(recipe, tmp_path)), "--dry-run"])
     assert result.exit_code == 0, result.output
     assert "12 steps of 1 bins" in result.output
@@ -124,7 +135,9 @@ def test_train_then_chat_then_export(recipe: Recipe, tmp_path: Path) -> None:
     trained = CliRunner().invoke(app, ["train", file, "--set", "schedule.steps=2"])
     assert trained.exit_code == 0, trained.output
     assert f"hotloop chat {run}" in trained.output
-    asked = CliRunner().invoke(app, ["chat", run, "--ask", "What is Hotloop?", "--max-new-tokens", "5"])
+    asked = CliRunner().invoke(
+        app, ["chat", run, "--ask", "What is Hotloop?", "--max-new-tokens", "5"]
+    )
     assert asked.exit_code == 0, asked.output
     exported = CliRunner().invoke(app, ["export", run, "--format", "safetensors", "--json"])
     assert exported.exit_code == 0, exported.output

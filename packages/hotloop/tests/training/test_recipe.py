@@ -81,7 +81,12 @@ def test_values_that_cannot_be_are_refused(section: str, values: Any, message: s
 
 def test_set_overrides_one_value_in_tomls_notation(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(TOML)
-    overrides = ["lora.r=32", "schedule.learning_rate=5e-5", "model.name=other", "data.packing=false"]
+    overrides = [
+        "lora.r=32",
+        "schedule.learning_rate=5e-5",
+        "model.name=other",
+        "data.packing=false",
+    ]
     recipe = read_recipe(tmp_path / "a.toml", overrides=[*overrides, 'lora.targets=["q_proj"]'])
     assert recipe.lora is not None and recipe.lora.r == 32 and recipe.lora.targets == ["q_proj"]
     assert recipe.schedule.learning_rate == 5e-5
@@ -122,7 +127,9 @@ def test_paths_are_relative_to_the_recipe_and_hub_ids_stay(tmp_path: Path) -> No
         ("a.yaml", "model: !!python/object/apply:os.system [ls]", "not well-formed YAML"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_a_file_that_is_no_recipe_is_refused(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_recipe(tmp_path / name)

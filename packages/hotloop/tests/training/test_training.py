@@ -79,10 +79,9 @@ def test_a_resumed_run_equals_one_that_did_not_stop_bit_for_bit(
     assert resumed.train_loss == report.train_loss
     assert resumed.held_out_after == report.held_out_after
     assert resumed.tokens == report.tokens
-    steps = [
-        row["step"] for row in RunDirectory(recipe.output.directory).read_metrics() if "loss" in row
-    ]
-    assert steps == list(range(1, 13))
+    rows = RunDirectory(recipe.output.directory).read_metrics()
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 5, 10, 12]
 
 
 def test_a_run_leaves_its_recipe_metrics_plot_adapter_and_report(recipe: Recipe) -> None:

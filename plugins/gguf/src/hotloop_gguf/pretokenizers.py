@@ -88,8 +88,13 @@ PROBES = (
     "don’t “quote” — dash… ¿qué? ¡hola! naïve café Ünïcödé straße Ελληνικά русский текст",
     "中文字符和标点。日本語のテキスト、カタカナ 한국어 문장 العربية हिन्दी में ไทย עברית",
     "🙂🙃👩‍👩‍👧‍👦 🇩🇪 ☃️ €100 £5 ¥7 a+b=c <tag/> ~tilde~ `code` ^caret^ |pipe| $var @user #tag",
-    "e\u0301 n\u0303 combining \u200bzero\u00a0nbsp\u3000wide \u2003em",
+    "\u200bzero\u00a0nbsp\u3000wide \u2003em x\u20dd\u20dd y",
 )
+_UNITS = (
+    *("a", "Bc", "DE", "\u00e9", "1", "23", "4567", "!", "./", "'s", "'LL", "_", "$", "`"),
+    *(" ", "  ", "\n", "\r\n", "\t", "\u4e2d", "\u20dd", "\U0001f642"),
+)
+"""One text per kind of character that some pattern tells apart; all triples of them are probed."""
 
 
 def find(
@@ -109,7 +114,8 @@ def find(
         UnsupportedError: no candidate gives the tokenizer's ids.
 
     """
-    texts = [*PROBES, *_telling(ordinary)]
+    # Composed, since some tokenizers compose first and llama.cpp does not: no matter of splitting.
+    texts = [unicodedata.normalize("NFC", t) for t in (*PROBES, *_triples(), *_telling(ordinary))]
     truth = [tokenize(text) for text in texts]
     bpe = _Bpe(vocabulary, merges)
     characters = "".join(sorted(set("".join(texts))))
@@ -127,7 +133,7 @@ def find(
     raise UnsupportedError(
         "the tokenizer splits text like none of the pre-tokenizers that llama.cpp knows and this "
         f"exporter checks ({known}); the closest is {closest!r}, which differs on "
-        f"{first_difference[closest]!r}. llama.cpp would read other ids than the model was trained "
+        f"{first_difference[closest][:80]!r}. llama.cpp would read other ids than the model was trained "
         "on. Export as safetensors, or use a tokenizer of a known kind. If you changed "
         "the tokenizer after training, export with the one that it was trained with."
     )
@@ -177,6 +183,11 @@ def _spelt_out(pattern: str, characters: str) -> str:
     return "".join(out)
 
 
+def _triples() -> Iterable[str]:
+    for first in _UNITS:
+        yield "".join(first + second + third for second in _UNITS for third in _UNITS)
+
+
 _SAMPLED, _KEPT = 4000, 200
 
 
@@ -187,7 +198,7 @@ def _telling(ordinary: Iterable[str]) -> list[str]:
     for token in ordinary:
         if len(token) > 1 and all(char in decode for char in token):
             text = bytes(decode[char] for char in token).decode("utf-8", errors="ignore")
-            if len(text) > 1 and unicodedata.is_normalized("NFC", text):
+            if len(text) > 1:
                 texts.append(text)
     texts = texts[:: max(1, len(texts) // _SAMPLED)]
     characters = "".join(sorted(set("".join(texts))))

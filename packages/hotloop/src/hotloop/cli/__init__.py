@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated
 
 import typer
@@ -53,6 +54,8 @@ for _command in (quickstart, train, data, chat, plan, verify, export, plugins, d
 
 def main() -> None:
     """Runs the command line; a HotloopError becomes a panel and exit status 1, wrong usage 2, Ctrl-C 130."""
+    # Deprecations inside these packages are for their authors; a user of the command cannot act on them.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
     try:
         app()
     except HotloopError as error:

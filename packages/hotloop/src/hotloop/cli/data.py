@@ -22,13 +22,14 @@ def data(
     overrides: Overrides = None,
 ) -> None:
     """Show rows as the model sees them; trained tokens are green, the others dim."""
-    from hotloop.training.data import prepare
+    from hotloop.training.data import prepare, read
     from hotloop.training.models import load_tokenizer
     from hotloop.training.recipe import read_recipe
 
     checked = read_recipe(recipe, overrides=overrides or [])
+    records = read(checked.data)
     tokenizer = load_tokenizer(checked)
-    prepared = prepare(checked, tokenizer)
+    prepared = prepare(checked, records, tokenizer)
     for number, row in enumerate(prepared.train[:rows], start=1):
         show_row(tokenizer, row, f"row {number}: {len(row)} tokens, {row.trained} trained")
     console().print(str(prepared.report), markup=False)

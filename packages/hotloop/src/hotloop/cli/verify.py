@@ -18,13 +18,18 @@ if TYPE_CHECKING:
 )
 def verify(
     model: Annotated[str, typer.Argument(help="Hub id, directory or .gguf file.")],
-    data: Annotated[str | None, typer.Option(help="Rows to measure on; default: random tokens.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Rows to measure on; default: random tokens.")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens in the batch, at most.")] = 256,
     bits: Annotated[int, typer.Option(help="4 or 16.")] = 4,
     lora: Annotated[int, typer.Option(min=0, help="Rank of the adapter; 0: none.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
     bisect: Annotated[
-        bool, typer.Option("--bisect", help="Turn ops off one at a time and name the one that moves the error.")
+        bool,
+        typer.Option(
+            "--bisect", help="Turn ops off one at a time and name the one that moves the error."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
@@ -39,7 +44,9 @@ def verify(
     else:
         loaded.requires_grad_(True)
     batch = (
-        _random(loaded.config.vocab_size, tokens, seed) if data is None else _rows(data, tokenizer, tokens)
+        _random(loaded.config.vocab_size, tokens, seed)
+        if data is None
+        else _rows(data, tokenizer, tokens)
     )
     report = compare(loaded, batch, bisect=bisect)
     if as_json:

@@ -161,7 +161,7 @@ def _request(
         tensors = adapter_tensors(save_adapter(model, source), places)
     else:
         tensors, tied = merged_tensors(base, places, tied=bool(config.get(family.keys.tied)))
-        save_config(base, source, tied=tied)
+        save_config(base, source, tied=tied, dtype=tensors.dtype)
         config = read_config(source) | {family.keys.tied: tied}
     if tokenizer is not None:
         save_tokenizer(tokenizer, source)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def save_config(model: Any, directory: Path, *, tied: bool) -> None:
+def save_config(model: Any, directory: Path, *, tied: bool, dtype: str) -> None:
     """Writes config.json and generation_config.json of the merged model: no quantization, the head tied or not."""
     config = copy.deepcopy(model.config)
     for leftover in ("quantization_config", "_pre_quantization_dtype"):
@@ -20,6 +20,7 @@ def save_config(model: Any, directory: Path, *, tied: bool) -> None:
             delattr(config, leftover)
     config.architectures = [type(model).__name__]
     config.tie_word_embeddings = tied
+    config.dtype = dtype
     config.save_pretrained(directory)
     if getattr(model, "generation_config", None) is not None:
         # Not save_pretrained: it refuses settings that this model was loaded and generates with.

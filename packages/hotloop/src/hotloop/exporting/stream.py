@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 from hotloop_core import TensorEntry
@@ -30,6 +32,17 @@ class Tensors:
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def dtype(self) -> str:
+        """The torch name of the float dtype that most elements have: the model's own, whatever a
+        trainer made of its norms.
+        """
+        elements: Counter[str] = Counter()
+        for entry in self.entries:
+            if "float" in entry.dtype:
+                elements[entry.dtype] += prod(entry.shape)
+        return elements.most_common(1)[0][0] if elements else "float32"
 
 
 def merged_tensors(model: nn.Module, places: Places, *, tied: bool) -> tuple[Tensors, bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from hotloop_core.errors import ConfigError
@@ -11,6 +10,8 @@ from hotloop_core.errors import ConfigError
 from .refusals import FROM_PRETRAINED, GET_PEFT_MODEL, refuse
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +22,9 @@ Checkpointing = Literal["offload", "unsloth"] | bool
 
 
 def is_bfloat16_supported() -> bool:
-    """Whether this machine trains in bf16: a card that has it in hardware, or a CPU, where autocast has it."""
+    """Whether this machine trains in bf16: a card that has it in hardware, or a CPU, where autocast
+    has it.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -30,7 +33,9 @@ def is_bfloat16_supported() -> bool:
 
 
 class FastLanguageModel:
-    """Loads a model and puts adapters on it. All methods are static; the model is transformers' and PEFT's own."""
+    """Loads a model and puts adapters on it. All methods are static; the model is transformers' and
+    PEFT's own.
+    """
 
     @staticmethod
     def from_pretrained(
@@ -55,11 +60,12 @@ class FastLanguageModel:
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """`hotloop.load` under the field's names: returns (model, tokenizer).
 
-        load_in_16bit and full_finetuning each mean that the base is not quantised, whatever load_in_4bit says by
-        default. `others` is only there to be refused by name.
+        load_in_16bit and full_finetuning each mean that the base is not quantised, whatever
+        load_in_4bit says by default. `others` is only there to be refused by name.
 
         Raises:
-            UnsupportedError, UnknownArgumentError: an argument that Hotloop does not have. Else as `hotloop.load`.
+            UnsupportedError, UnknownArgumentError: an argument that Hotloop does not have. Else as
+            `hotloop.load`.
 
         """
         refuse(
@@ -105,12 +111,14 @@ class FastLanguageModel:
     ) -> PeftModel:
         """`hotloop.add_lora` under the field's names.
 
-        use_gradient_checkpointing: "offload" (or "unsloth"): the fastest plan that fits the memory; offloading to host
-        memory is not built yet, so what does not fit is recomputed, and the plan says so. True: recompute every layer.
+        use_gradient_checkpointing: "offload" (or "unsloth"): the fastest plan that fits the memory;
+        offloading to host memory is not built yet, so what does not fit is recomputed, and the plan
+        says so. True: recompute every layer.
         False: keep everything. `others` is only there to be refused by name.
 
         Raises:
-            UnsupportedError, UnknownArgumentError: an argument that Hotloop does not have. Else as `hotloop.add_lora`.
+            UnsupportedError, UnknownArgumentError: an argument that Hotloop does not have. Else as
+            `hotloop.add_lora`.
 
         """
         refuse("get_peft_model", others, _names(FastLanguageModel.get_peft_model), GET_PEFT_MODEL)
@@ -119,14 +127,14 @@ class FastLanguageModel:
         adapted_already = isinstance(model, PeftModel)
         if not adapted_already and any(p.requires_grad for p in model.parameters()):
             raise ConfigError(
-                "get_peft_model: the model's weights train already (full_finetuning=True); leave this call out, or load "
-                "without full_finetuning"
+                "get_peft_model: the model's weights train already (full_finetuning=True); leave "
+                "this call out, or load without full_finetuning"
             )
         loaded = getattr(model, "max_seq_length", None)
         if max_seq_length not in (None, loaded):
             raise ConfigError(
-                f"get_peft_model(max_seq_length={max_seq_length}): the model was loaded for {loaded}; pass it to "
-                "from_pretrained"
+                f"get_peft_model(max_seq_length={max_seq_length}): the model was loaded for "
+                f"{loaded}; pass it to from_pretrained"
             )
         from hotloop.lora import add_lora
 
@@ -149,7 +157,9 @@ class FastLanguageModel:
     def for_training(
         model: PreTrainedModel, use_gradient_checkpointing: Checkpointing | None = None
     ) -> PreTrainedModel:
-        """Training mode, without a key/value cache. use_gradient_checkpointing: plan again for it; None: as planned."""
+        """Training mode, without a key/value cache. use_gradient_checkpointing: plan again for it;
+        None: as planned.
+        """
         if use_gradient_checkpointing is not None:
             _replan(model, _placements(use_gradient_checkpointing))
         model.config.use_cache = False
@@ -179,7 +189,8 @@ def _placements(checkpointing: Checkpointing) -> Placements | None:
         case "offload" | "unsloth":
             return None
     raise ConfigError(
-        f"use_gradient_checkpointing={checkpointing!r}; expected 'offload' (or 'unsloth'), True or False"
+        f"use_gradient_checkpointing={checkpointing!r}; expected 'offload' (or 'unsloth'), True or "
+        "False"
     )
 
 

@@ -1,6 +1,8 @@
-"""Arguments that scripts of this kind pass and Hotloop does not have: refused by name, or passed over where they are off.
+"""Arguments that scripts of this kind pass and Hotloop does not have: refused by name, or passed
+over where they are off.
 
-Each entry: name -> (the values that ask for nothing, why any other is refused and what to do instead).
+Each entry: name -> (the values that ask for nothing, why any other is refused and what to do
+instead).
 """
 
 from __future__ import annotations
@@ -117,7 +119,8 @@ def refuse(
             near = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise UnknownArgumentError(
-                f"{function} has no argument {name!r}.{hint} It takes {', '.join(sorted(accepted))}."
+                f"{function} has no argument {name!r}.{hint} It takes "
+                f"{', '.join(sorted(accepted))}."
             )
         off, why = refusals[name]
         if not any(type(value) is type(quiet) and value == quiet for quiet in off):

@@ -1,18 +1,20 @@
-"""`save_pretrained_merged`, `save_pretrained_gguf` and their hub twins: `hotloop.export` under the field's names."""
+"""`save_pretrained_merged`, `save_pretrained_gguf` and their hub twins: `hotloop.export` under the
+field's names.
+"""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from collections.abc import Sequence
 
     from hotloop_core import ExportReport
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 QUANTIZATION_ALIASES = {"not_quantized": "bf16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
 """Names that such scripts use beside llama.cpp's own."""
@@ -21,7 +23,8 @@ QUANTIZATION_ALIASES = {"not_quantized": "bf16", "fast_quantized": "q8_0", "quan
 def add_saving(model: PreTrainedModel) -> None:
     """Puts the four methods on this instance.
 
-    As partials, not bound methods: a copy or a pickle of the model then saves the copy, not the original.
+    As partials, not bound methods: a copy or a pickle of the model then saves the copy, not the
+    original.
     """
     for function in (
         save_pretrained_merged,
@@ -38,7 +41,8 @@ def save_pretrained_merged(
     tokenizer: PreTrainedTokenizerBase | None = None,
     save_method: str = "merged_16bit",
 ) -> ExportReport:
-    """Writes safetensors: "merged_16bit", the whole model with its adapter merged in; "lora", the adapter alone.
+    """Writes safetensors: "merged_16bit", the whole model with its adapter merged in; "lora", the
+    adapter alone.
 
     Raises:
         UnsupportedError: "merged_4bit". ConfigError: another method. Else as `hotloop.export`.
@@ -49,8 +53,8 @@ def save_pretrained_merged(
     quants = {"merged_16bit": "16bit", "lora": "adapter"}
     if save_method in ("merged_4bit", "merged_4bit_forced"):
         raise UnsupportedError(
-            f"save_method={save_method!r}: merged 4-bit checkpoints are not written yet; use 'merged_16bit', and load "
-            "that in 4 bit"
+            f"save_method={save_method!r}: merged 4-bit checkpoints are not written yet; use "
+            "'merged_16bit', and load that in 4 bit"
         )
     if save_method not in quants:
         raise ConfigError(f"save_method={save_method!r}; expected {', '.join(quants)}")
@@ -66,7 +70,8 @@ def save_pretrained_gguf(
     """Writes one GGUF file for each quantisation method, the adapter merged in.
 
     Raises:
-        ConfigError, UnsupportedError: a method that the exporter does not have. Else as `hotloop.export`.
+        ConfigError, UnsupportedError: a method that the exporter does not have. Else as
+        `hotloop.export`.
 
     """
     from hotloop.exporting import export

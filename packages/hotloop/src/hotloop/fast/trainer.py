@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class HotloopTrainingArguments(SFTConfig):
-    """SFTConfig, and the learning rate of the embedding and the head where these train (`modules_to_save`)."""
+    """SFTConfig, and the learning rate of the embedding and the head where these train
+    (`modules_to_save`).
+    """
 
     embedding_learning_rate: float | None = field(
         default=None,
@@ -46,8 +48,8 @@ class HotloopTrainer(SFTTrainer):
         }
         if not apart:
             raise ConfigError(
-                f"embedding_learning_rate={rate}, but neither the embedding nor the head trains; name them in "
-                "modules_to_save (modules_to_save=['embed_tokens', 'lm_head'])"
+                f"embedding_learning_rate={rate}, but neither the embedding nor the head trains; "
+                "name them in modules_to_save (modules_to_save=['embed_tokens', 'lm_head'])"
             )
         for group in list(optimizer.param_groups):
             moved = [p for p in group["params"] if id(p) in apart]

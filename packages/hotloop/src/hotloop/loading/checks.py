@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import CheckpointError, ConfigError
@@ -12,11 +10,13 @@ from hotloop_core.errors import CheckpointError, ConfigError
 from .source import refuse_pickles
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
+
     import torch
+    from hotloop_core import ModelFacts
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-    from hotloop_core import ModelFacts
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -38,7 +38,8 @@ def weight_files(directory: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(
-            f"{directory} lacks {_some(missing)} of its {len(files)} weight files; copy or download it again"
+            f"{directory} lacks {_some(missing)} of its {len(files)} weight files; copy or "
+            "download it again"
         )
     for file in files:
         try:
@@ -64,8 +65,8 @@ def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
 def require_finite(tensors: Iterable[tuple[str, Tensor]], device: torch.device, what: str) -> None:
     """Raises CheckpointError, naming tensors, where one holds NaN or infinity.
 
-    The largest and the smallest element tell: NaN passes through both. One pass over the weights, on the device they go
-    to; before quantisation, which would hide it.
+    The largest and the smallest element tell: NaN passes through both. One pass over the weights,
+    on the device they go to; before quantisation, which would hide it.
     """
     import torch
 
@@ -80,28 +81,34 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], device: torch.device, 
             bad.append(name)
     if bad:
         raise CheckpointError(
-            f"{what}: {len(bad)} tensors hold NaN or infinity: {_some(bad)}. Training cannot recover from that; "
-            "take an earlier checkpoint."
+            f"{what}: {len(bad)} tensors hold NaN or infinity: {_some(bad)}. Training cannot "
+            "recover from that; take an earlier checkpoint."
         )
 
 
 def require_complete(info: Mapping[str, Any], what: str) -> None:
     """Raises CheckpointError, naming tensors, where transformers' loading report is not clean."""
+    titles = {
+        "missing_keys": "missing",
+        "unexpected_keys": "not of this model",
+        "mismatched_keys": "of another shape",
+        "error_msgs": "failed",
+    }
     problems = [
-        f"{title}: {_some(sorted(str(k) if isinstance(k, str) else f'{k[0]} {tuple(k[1])} for {tuple(k[2])}' for k in keys))}"
-        for key, title in (
-            ("missing_keys", "missing"),
-            ("unexpected_keys", "not of this model"),
-            ("mismatched_keys", "of another shape"),
-            ("error_msgs", "failed"),
-        )
-        if (keys := info.get(key))
+        f"{title}: {_some(sorted(map(_key, info[kind])))}"
+        for kind, title in titles.items()
+        if info.get(kind)
     ]
     if problems:
         raise CheckpointError(
-            f"{what} does not hold this model's tensors; {'; '.join(problems)}. Check that config.json and the weights "
-            "belong together."
+            f"{what} does not hold this model's tensors; {'; '.join(problems)}. Check that "
+            "config.json and the weights belong together."
         )
+
+
+def _key(key: str | tuple[str, Iterable[int], Iterable[int]]) -> str:
+    """A tensor's name, with (found, expected) shapes where these disagree."""
+    return key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}"
 
 
 def require_vocabulary(tokenizer: PreTrainedTokenizerBase, facts: ModelFacts, what: str) -> None:
@@ -109,8 +116,9 @@ def require_vocabulary(tokenizer: PreTrainedTokenizerBase, facts: ModelFacts, wh
     highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= facts.vocab_size:
         raise ConfigError(
-            f"{what}: the tokenizer's highest id is {highest:,}, the embedding has {facts.vocab_size:,} rows. Use the "
-            "model's own tokenizer, or resize the embedding (model.resize_token_embeddings) and save it first."
+            f"{what}: the tokenizer's highest id is {highest:,}, the embedding has "
+            f"{facts.vocab_size:,} rows. Use the model's own tokenizer, or resize the embedding "
+            "(model.resize_token_embeddings) and save it first."
         )
 
 
@@ -120,14 +128,17 @@ def require_length(max_seq_len: int, facts: ModelFacts, scaled: Mapping[str, Any
         raise ConfigError(f"max_seq_len={max_seq_len}; expected at least 1")
     limit = positions(facts, scaled)
     if max_seq_len > limit:
+        scaling = {"rope_type": "yarn", "factor": float(-(-max_seq_len // facts.max_positions))}
         raise ConfigError(
-            f"max_seq_len={max_seq_len:,} is beyond the {limit:,} positions of this model. Lower it, or ask for rope "
-            f"scaling: rope_scaling={{'rope_type': 'yarn', 'factor': {-(-max_seq_len // facts.max_positions)}.0}}."
+            f"max_seq_len={max_seq_len:,} is beyond the {limit:,} positions of this model. Lower "
+            f"it, or ask for rope scaling: rope_scaling={scaling}."
         )
 
 
 def positions(facts: ModelFacts, scaled: Mapping[str, Any] | None) -> int:
-    """Tokens that a sequence may have: the config's, or the original ones times the scaling factor."""
+    """Tokens that a sequence may have: the config's, or the original ones times the scaling
+    factor.
+    """
     rope = {**facts.rope, **(scaled or {})}
     original = rope.get("original_max_position_embeddings") or facts.max_positions
     return max(facts.max_positions, int(original * float(rope.get("factor") or 1.0)))

@@ -1,8 +1,8 @@
 """What a GGUF file says of its config and tokenizer, beyond what transformers reads from it.
 
-transformers (5.17 to 5.23) ignores the tensor `rope_freqs.weight`, which holds Llama 3.1's rope scaling, and the key
-`tokenizer.ggml.pre`, and may add an unknown token that the embedding has no row for: a model read by it alone rotates and
-tokenises otherwise than the one that was written.
+transformers (5.17 to 5.23) ignores the tensor `rope_freqs.weight`, which holds Llama 3.1's rope
+scaling, and the key `tokenizer.ggml.pre`, and may add an unknown token that the embedding has no
+row for: a model read by it alone rotates and tokenises otherwise than the one that was written.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ _PATTERNS = {
     "gpt-4o": _GPT4O,
     "llama4": _GPT4O,
 }
-"""`tokenizer.ggml.pre` -> the pattern of the tokenizer that it names, as that model's own tokenizer.json has it."""
+"""`tokenizer.ggml.pre` -> the pattern of the tokenizer that it names, as that model's own
+tokenizer.json has it."""
 
 _GPT2 = frozenset({"gpt-2", "phi-2", "olmo", "mpt", "exaone4", "trillion"})
 _GPT2_DIGITS = frozenset(
@@ -71,7 +72,8 @@ def gguf_config(path: Path) -> dict[str, Any]:
     """The transformers config of a GGUF file, rope scaling included, as a mapping.
 
     Raises:
-        CheckpointError: the file is truncated. UnsupportedError: transformers cannot read its architecture.
+        CheckpointError: the file is truncated. UnsupportedError: transformers cannot read its
+            architecture.
 
     """
     from transformers import AutoConfig
@@ -89,7 +91,8 @@ def gguf_config(path: Path) -> dict[str, Any]:
 
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a GGUF file: byte-level BPE is built here, SentencePiece-like ones by transformers.
+    """The tokenizer of a GGUF file: byte-level BPE is built here, SentencePiece-like ones by
+    transformers.
 
     Raises:
         UnsupportedError: the file names a pre-tokenizer that is not known here.
@@ -132,7 +135,9 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 def _post_processor(
     values: Mapping[str, Any], tokens: list[str], *, adds_bos: bool
 ) -> PostProcessor:
-    """Puts the beginning-of-sequence token first where the file, or else its pre-tokenizer's habit, says so."""
+    """Puts the beginning-of-sequence token first where the file, or else its pre-tokenizer's habit,
+    says so.
+    """
     from tokenizers import processors
 
     byte_level = processors.ByteLevel(trim_offsets=False)
@@ -160,8 +165,9 @@ def _pre_tokenizer(pre: str | None, path: Path) -> PreTokenizer:
     if pre not in _PATTERNS:
         known = ", ".join(sorted(_GPT2 | _GPT2_DIGITS | _PATTERNS.keys()))
         raise UnsupportedError(
-            f"{path.name}: tokenizer.ggml.pre is {pre!r}, so how it splits text is not known; known are {known}. "
-            "Load the model's original folder, or pass one with its tokenizer.json."
+            f"{path.name}: tokenizer.ggml.pre is {pre!r}, so how it splits text is not known; "
+            f"known are {known}. Load the model's original folder, or pass one with its "
+            "tokenizer.json."
         )
     split = pre_tokenizers.Split(Regex(_PATTERNS[pre]), behavior="isolated")
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -171,8 +177,9 @@ def _pre_tokenizer(pre: str | None, path: Path) -> PreTokenizer:
 def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
     """Rope parameters from `rope_freqs.weight`, which divides each frequency (Llama 3.1).
 
-    The file holds the divisors, not what made them. Meta's models all have low 1, high 4 and 8,192 original positions;
-    the divisors that follow from these and the largest one are compared with the file's.
+    The file holds the divisors, not what made them. Meta's models all have low 1, high 4 and 8,192
+    original positions; the divisors that follow from these and the largest one are compared with
+    the file's.
     """
     if "rope_freqs.weight" not in file.tensors:
         return None
@@ -189,8 +196,8 @@ def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | 
         expected.append(1 / ((1 - smooth) / factor + smooth))
     if any(abs(a - b) > 1e-3 * b for a, b in zip(divisors, expected, strict=True)):
         raise UnsupportedError(
-            "rope_freqs.weight holds frequency divisors other than Llama 3.1's; load the model's original folder, whose "
-            "config.json says how its rope is scaled."
+            "rope_freqs.weight holds frequency divisors other than Llama 3.1's; load the model's "
+            "original folder, whose config.json says how its rope is scaled."
         )
     return {
         "rope_type": "llama3",

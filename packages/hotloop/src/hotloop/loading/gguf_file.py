@@ -1,4 +1,6 @@
-"""The header of a GGUF file (version 2 and 3): its metadata, and where each tensor is. Little-endian."""
+"""The header of a GGUF file (version 2 and 3): its metadata, and where each tensor is.
+Little-endian.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """shape: as in torch, rows first. kind: ggml's type number. offset: bytes from the start of the file."""
+    """shape: as in torch, rows first. kind: ggml's type number. offset: bytes from the start of the
+    file.
+    """
 
     shape: tuple[int, ...]
     kind: int
@@ -88,7 +92,8 @@ def read_gguf(path: Path) -> GgufFile:
         block, block_bytes = sizes[tensor.kind]
         if tensor.offset + prod(tensor.shape) // block * block_bytes > length:
             raise CheckpointError(
-                f"{path} is truncated: {name} lies beyond its {length:,} bytes; copy or download it again"
+                f"{path} is truncated: {name} lies beyond its {length:,} bytes; copy or download "
+                "it again"
             )
     return found
 

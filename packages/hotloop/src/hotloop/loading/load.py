@@ -1,4 +1,4 @@
-"""`load`: a name becomes a model whose every tensor was checked and sits on its device, and its tokenizer."""
+"""`load`: from a name to a model whose every tensor was checked, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hotloop_core.errors import (
 )
 
 from . import checks
-from .quantize import nf4_config, quantize_, require_bits, set_compute_dtype
+from .quantize import nf4_config, quantize_, require_bits, settle_
 from .source import Hub, Source, fetch, locate
 
 if TYPE_CHECKING:
@@ -49,16 +49,25 @@ def load(
     """Loads a model for training, checks it and wires it.
 
     Args:
-        name_or_path: a folder, a `.gguf` file, a PEFT adapter's folder (its base is loaded, the adapter put on it,
-            trainable), a hub id "owner/model", or a GGUF on the hub "owner/model/file.gguf".
-        bits: 4: the decoder layers' projections in NF4 with double quantisation, the rest in `dtype`. 16: all in `dtype`.
-        dtype: default bf16 where the card has it, else fp16; fp32 on a CPU, where 16-bit arithmetic is slow.
-        max_seq_len: tokens of the longest sequence; the plan is made for one of them, and the tokenizer gets it as
-            `model_max_length`.
-        vram: budget for the plan, as `hotloop.plan` takes it. family: which one, where several plugins claim the model.
-        trust_remote_code: run Python code that comes with the model. token, revision, local_files_only: for the hub.
-        attn: transformers' attention implementation for the paths that are not wired; its default otherwise.
-        wire: wire the model (`hotloop.wiring.receipt_of(model)` has the receipt). device: default the card, else the CPU.
+        name_or_path: a folder, a `.gguf` file, a PEFT adapter's folder (its base is loaded, the
+            adapter put on it, trainable), a hub id "owner/model", or a GGUF on the hub
+            "owner/model/file.gguf".
+        bits: 4: the decoder layers' projections in NF4 with double quantisation, the rest in
+            `dtype`. 16: all in `dtype`.
+        dtype: default bf16 where the card has it, else fp16; fp32 on a CPU, where 16-bit arithmetic
+            is slow.
+        max_seq_len: tokens of the longest sequence; the plan is made for one of them, and the
+            tokenizer gets it as `model_max_length`.
+        vram: budget for the plan, as `hotloop.plan` takes it.
+        family: which one, where several plugins claim the model.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run Python code that comes with the model.
+        attn: transformers' attention implementation for the paths that are not wired; its default
+            otherwise.
+        wire: wire the model (`hotloop.wiring.receipt_of(model)` has the receipt).
+        device: default the card, else the CPU.
+        token: for gated models on the hub.
+        local_files_only: take from the hub's cache only.
         rope_scaling: rope parameters put over the config's, for sequences beyond its positions.
         full_finetuning: every weight trains (bits=16). Otherwise all are frozen, for `add_lora`.
         placements: fixed choices for the plan.
@@ -116,7 +125,8 @@ def load(
         )
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
-            f"out of device memory while loading {source.name}. {planned or ''}\nClose what else uses the card, load "
+            f"out of device memory while loading {source.name}. {planned or ''}\nClose what else "
+            "uses the card, load "
             f"with bits=4, or choose a smaller model. ({error})"
         ) from error
     model.config.use_cache = False
@@ -141,8 +151,9 @@ def _refuse_remote_code(source: Source, trusted: bool) -> None:
 
     if source.config.get("model_type") not in CONFIG_MAPPING_NAMES:
         raise SecurityError(
-            f"{source.name} runs Python code of its own ({', '.join(sorted(source.config['auto_map']))} in its "
-            "config.json). Read that code, then pass trust_remote_code=True."
+            f"{source.name} runs Python code of its own "
+            f"({', '.join(sorted(source.config['auto_map']))} in its config.json). Read that code, "
+            "then pass trust_remote_code=True."
         )
 
 
@@ -157,6 +168,11 @@ def _config(
         values = dict(source.config)
         config = AutoConfig.for_model(values.pop("model_type"), **values)
     if rope_scaling is not None:
+        if any(isinstance(value, Mapping) for value in config.rope_parameters.values()):
+            raise UnsupportedError(
+                f"rope_scaling={dict(rope_scaling)}: this model keeps rope parameters for each "
+                "kind of layer; set them in its config.json instead"
+            )
         config.rope_parameters = {**config.rope_parameters, **rope_scaling}
         config.standardize_rope_params()
         config.validate_rope()
@@ -172,8 +188,9 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise UnsupportedError(f"device {str(chosen)!r}: Hotloop runs on 'cuda' and on 'cpu'")
     if chosen.type == "cuda" and not present:
         raise UnsupportedError(
-            f"device {str(chosen)!r} was asked for, but torch {torch.__version__} sees no CUDA device. Install a CUDA "
-            "build of torch and check the driver (`hotloop doctor`), or pass device='cpu'."
+            f"device {str(chosen)!r} was asked for, but torch {torch.__version__} sees no CUDA "
+            "device. Install a CUDA build of torch and check the driver (`hotloop doctor`), or "
+            "pass device='cpu'."
         )
     return torch.device("cuda", torch.cuda.current_device()) if str(chosen) == "cuda" else chosen
 
@@ -218,14 +235,14 @@ def _tokenizer(
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A token to pad with that is in the vocabulary already: a reserved one, so that EOS is still learnt, else EOS."""
+    """A token of the vocabulary to pad with: a reserved one, so that EOS is learnt, else EOS."""
     vocabulary = tokenizer.get_vocab()
     reserved = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
     spare = [t for t in reserved if t in vocabulary and t != tokenizer.eos_token]
     if not spare and tokenizer.eos_token is None:
         raise ConfigError(
-            "the tokenizer has neither a padding token nor an end-of-sequence token; add one, resize the embedding and "
-            "save the model first"
+            "the tokenizer has neither a padding token nor an end-of-sequence token; add one, "
+            "resize the embedding and save the model first"
         )
     return spare[0] if spare else tokenizer.eos_token
 
@@ -254,7 +271,8 @@ def _model(
     if source.gguf is not None:
         options |= _gguf_options(source.gguf)
     else:
-        # Tensors of another shape are then reported, with the missing and surplus ones, in one error of ours.
+        # Tensors of another shape are then reported, with the missing and surplus ones, in one
+        # error of ours.
         options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
         if bits == 4 and not stored_in_4bit:
             options["quantization_config"] = nf4_config(dtype)
@@ -271,14 +289,14 @@ def _model(
         _forget_gguf(model)
     if quantise_later:
         quantize_(model, spec.layers, dtype, device)
-    if stored_in_4bit:
-        set_compute_dtype(model, dtype)
+    if bits == 4:
+        settle_(model, dtype)
     model.config.name_or_path = model.name_or_path = source.name
     return model
 
 
 def _gguf_options(file: str) -> dict[str, Any]:
-    """transformers from 5.20 keeps a GGUF's blocks packed unless told otherwise; before, it had no such option."""
+    """Where transformers can keep a GGUF's blocks packed (5.23), tells it to unpack them."""
     import transformers
 
     options: dict[str, Any] = {"gguf_file": file}
@@ -288,7 +306,7 @@ def _gguf_options(file: str) -> dict[str, Any]:
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
-    """Drops the marks of a GGUF, which make save_pretrained refuse a model whose weights are plain by now."""
+    """Drops the marks of a GGUF, for which save_pretrained would refuse the plain weights."""
     for owner, names in (
         (model.config, ("quantization_config",)),
         (model, ("hf_quantizer", "quantization_method", "is_quantized")),

@@ -1,4 +1,6 @@
-"""NF4 by bitsandbytes: the configuration of a load, and quantising a model that is already in memory."""
+"""NF4 by bitsandbytes: the configuration of a load, and quantising a model that is already in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def require_bits(config: Mapping[str, Any], bits: int) -> bool:
     """Whether a checkpoint is stored in bitsandbytes' 4 bit.
 
     Raises:
-        UnsupportedError: it is stored in another quantised form. ConfigError: it is, and 16 bit were asked for.
+        UnsupportedError: it is stored in another quantised form. ConfigError: it is, and 16 bit
+            were asked for.
 
     """
     stored = config.get("quantization_config")
@@ -40,33 +43,41 @@ def require_bits(config: Mapping[str, Any], bits: int) -> bool:
     if method != "bitsandbytes" or not four_bit:
         kind = "8-bit bitsandbytes" if method == "bitsandbytes" else f"{method!r}"
         raise UnsupportedError(
-            f"the checkpoint is quantised as {kind}; Hotloop trains on 16-bit checkpoints and on bitsandbytes 4-bit "
-            "ones. Load the original model with bits=4."
+            f"the checkpoint is quantised as {kind}; Hotloop trains on 16-bit checkpoints and on "
+            "bitsandbytes 4-bit ones. Load the original model with bits=4."
         )
     if bits != 4:
         raise ConfigError(
-            f"the checkpoint is stored in 4 bit, but bits={bits} was asked for. Pass bits=4 (load_in_4bit=True), or "
-            "load the original model."
+            f"the checkpoint is stored in 4 bit, but bits={bits} was asked for. Pass bits=4 "
+            "(load_in_4bit=True), or load the original model."
         )
     return True
 
 
-def set_compute_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Makes every 4-bit layer compute in `dtype`, whatever its checkpoint says."""
+def settle_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Makes every 4-bit layer compute in `dtype`, whatever its checkpoint says, and keep its
+    weights as they are.
+
+    On a CPU with AVX512-BF16, bitsandbytes rewrites a weight in place, in another layout, at its
+    first evaluation: what reads the weight afterwards (the engine, an export) would read noise.
+    """
     from bitsandbytes.nn import Linear4bit
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype
             module.compute_type_is_set = True
+            module.support_avx512bf16_for_cpu = False
 
 
 def quantize_(
     model: PreTrainedModel, layers: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Replaces each linear layer under the path `layers` by its NF4 form, in place, one weight at a time.
+    """Replaces each linear layer under the path `layers` by its NF4 form, in place, one weight at a
+    time.
 
-    As a load with `nf4_config` would have made it: the config says so, and save_pretrained writes it.
+    As a load with `nf4_config` would have made it: the config says so, and save_pretrained writes
+    it.
     """
     import torch
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -93,7 +104,7 @@ def quantize_(
         four_bit.weight.module = four_bit
         if linear.bias is not None:
             four_bit.bias = torch.nn.Parameter(linear.bias.data.to(device), requires_grad=False)
-        blocks.set_submodule(name, four_bit)
+        blocks.set_submodule(name, four_bit.train(linear.training))
     model.to(device)
     model.config.quantization_config = config
     model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)

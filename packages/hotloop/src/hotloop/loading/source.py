@@ -1,10 +1,11 @@
-"""Where a model's files are: a local folder, a GGUF file, an adapter, or a hub id brought to a local folder."""
+"""Where a model's files are: a local folder, a GGUF file, an adapter, or a hub id brought to a
+local folder.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from hotloop_core.errors import CheckpointError, ConfigError, SecurityError
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Iterator, Mapping
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -32,8 +34,9 @@ class Hub:
 class Source:
     """A model's files, and its config as a mapping.
 
-    name: what was asked for. gguf: the file's name in `directory`, or None. repo: the hub id whose weights are not here
-    yet, or None. adapter: the folder of a PEFT adapter over the model at `directory`, or None.
+    name: what was asked for. gguf: the file's name in `directory`, or None. repo: the hub id whose
+    weights are not here yet, or None. adapter: the folder of a PEFT adapter over the model at
+    `directory`, or None.
     """
 
     name: str
@@ -45,10 +48,12 @@ class Source:
 
 
 def locate(name: str | os.PathLike[str], hub: Hub | None = None) -> Source:
-    """Finds a model and reads its config; brings nothing but the config from the hub (a GGUF: the file).
+    """Finds a model and reads its config; brings nothing but the config from the hub (a GGUF: the
+    file).
 
     Raises:
-        CheckpointError: nothing is there. ConfigError: what is there cannot be a model. SecurityError: it is pickled.
+        CheckpointError: nothing is there. ConfigError: what is there cannot be a model.
+            SecurityError: it is pickled.
 
     """
     hub, name = hub or Hub(), str(name)
@@ -61,7 +66,9 @@ def locate(name: str | os.PathLike[str], hub: Hub | None = None) -> Source:
 
 
 def fetch(source: Source, hub: Hub, *, remote_code: bool = False) -> Source:
-    """Brings the weights and the tokenizer of a hub model to this machine; a local one is returned as it is."""
+    """Brings the weights and the tokenizer of a hub model to this machine; a local one is returned
+    as it is.
+    """
     if source.repo is None:
         return source
     from huggingface_hub import snapshot_download
@@ -99,8 +106,8 @@ def _of_directory(name: str, path: Path, hub: Hub) -> Source:
         return _gguf(name, files[0])
     if files:
         raise ConfigError(
-            f"{path} holds {len(files)} GGUF files ({', '.join(f.name for f in files)}); "
-            "pass the path of one"
+            f"{path} holds {len(files)} GGUF files ({', '.join(f.name for f in files)}); pass the "
+            "path of one"
         )
     raise CheckpointError(
         f"{path} has no config.json and no .gguf file; expected a folder that save_pretrained wrote"
@@ -113,7 +120,8 @@ def _adapter(name: str, path: Path, hub: Hub) -> Source:
             SecurityError(_pickled(path))
             if _has_pickles(path)
             else CheckpointError(
-                f"{path} has adapter_config.json but no adapter_model.safetensors; save the adapter again"
+                f"{path} has adapter_config.json but no adapter_model.safetensors; save the "
+                "adapter again"
             )
         )
     base = _json(path / "adapter_config.json").get("base_model_name_or_path")
@@ -189,13 +197,16 @@ def _has_pickles(path: Path) -> bool:
 
 def _pickled(path: Path) -> str:
     return (
-        f"{path}: pickled weights (.bin, .pt) can run code when they are read, so they are refused. Convert them where "
-        "you trust them: `AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)` writes safetensors."
+        f"{path}: pickled weights (.bin, .pt) can run code when they are read, so they are "
+        "refused. Convert them where you trust them: "
+        "`AutoModelForCausalLM.from_pretrained(path).save_pretrained(new_path)` writes safetensors."
     )
 
 
 def refuse_pickles(directory: Path) -> None:
-    """Raises SecurityError where a folder's only weights are pickled, CheckpointError where it has none at all."""
+    """Raises SecurityError where a folder's only weights are pickled, CheckpointError where it has
+    none at all.
+    """
     if any(directory.glob("*.safetensors")) or any(directory.glob("*.safetensors.index.json")):
         return
     if _has_pickles(directory):

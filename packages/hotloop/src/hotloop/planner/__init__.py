@@ -1,4 +1,6 @@
-"""The planner: the fastest plan that fits a memory budget, from a config alone or for a loaded model."""
+"""The planner: the fastest plan that fits a memory budget, from a config alone or for a loaded
+model.
+"""
 
 from .cards import CARDS, Card, find_card
 from .make import parse_bytes, plan

@@ -15,9 +15,10 @@ GIB = 2**30
 class Card:
     """A card and its sustained rates.
 
-    memory: bytes that one process can allocate, its CUDA context already taken off. gemm_tflops: dense 16-bit matrix
-    products with fp32 accumulation. attention_tflops: (forward, backward) of causal attention. copy_gbs: bytes read and
-    written on the device, 1e9 a second. link_gbs: to host memory, each way. bf16: in hardware.
+    memory: bytes that one process can allocate, its CUDA context already taken off. gemm_tflops:
+    dense 16-bit matrix products with fp32 accumulation. attention_tflops: (forward, backward) of
+    causal attention. copy_gbs: bytes read and written on the device, 1e9 a second. link_gbs: to
+    host memory, each way. bf16: in hardware.
     measured: False where the rates are derived from the maker's data sheet rather than measured.
     """
 
@@ -34,7 +35,9 @@ class Card:
 def _from_data_sheet(
     name: str, gib: float, peak_tflops: float, gbs: float, link_gbs: float, *, bf16: bool = True
 ) -> Card:
-    """0.7 of the peak GEMM rate and 0.88 of the memory's rate, which the measured H100 keeps up; attention as there."""
+    """0.7 of the peak GEMM rate and 0.88 of the memory's rate, which the measured H100 keeps up;
+    attention as there.
+    """
     gemm = 0.7 * peak_tflops
     return Card(
         name=name,
@@ -68,7 +71,8 @@ CARDS: tuple[Card, ...] = (
     _from_data_sheet("H200", 139.8, 989, 4800, 55),
     _from_data_sheet("B200", 178.3, 2250, 8000, 55),
 )
-"""Memory is what the driver reports, in GiB, less 0.6 GiB for a CUDA context. The H100's rates are measured (SXM)."""
+"""Memory is what the driver reports, in GiB, less 0.6 GiB for a CUDA context. The H100's rates are
+measured (SXM)."""
 
 REFERENCE = next(card for card in CARDS if card.measured)
 """Its ratios rank plans where the card is unknown; no times are printed then."""
@@ -85,7 +89,9 @@ def find_card(name: str) -> Card:
     found = [c for c in CARDS if _words(c.name) <= asked] or [
         c for c in CARDS if asked and asked <= _words(c.name)
     ]
-    if len(found) != 1 or "laptop" in asked:
+    if "laptop" in asked:  # another, slower card under the same number
+        found = []
+    if len(found) != 1:
         known = ", ".join(card.name for card in found or CARDS)
         what = "could be any of" if len(found) > 1 else "is not in the table; it has"
         raise ConfigError(f"card {name!r} {what} {known}. Name one, or pass a planner.Card.")
@@ -93,7 +99,9 @@ def find_card(name: str) -> Card:
 
 
 def present_card() -> tuple[str, int] | None:
-    """(name, free bytes) of the card that this process would use, or None; loads no torch where none is loaded."""
+    """(name, free bytes) of the card that this process would use, or None; loads no torch where
+    none is loaded.
+    """
     torch = sys.modules.get("torch")
     if torch is not None:
         if not torch.cuda.is_available():

@@ -1,12 +1,11 @@
 """The arithmetic of a plan: bytes at the peak, milliseconds of a step.
 
-Symbols: T tokens a step, D hidden size, I intermediate size, Q = H·K and KV = G·K widths of queries and keys,
-V vocabulary, P a layer's projection weights, b bytes of an activation.
+Symbols: T tokens a step, D hidden size, I intermediate size, Q = H·K and KV = G·K widths of queries
+and keys, V vocabulary, P a layer's projection weights, b bytes of an activation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING
 from hotloop_core.plan import SavedTensor, saved_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hotloop_core import ModelFacts
 
     from .cards import Card
@@ -22,7 +23,8 @@ LOSS_TILE = 512 * 2**20
 """Bytes of logits that the loss holds at once."""
 
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-"""Of one weight: half a byte, an 8-bit absmax per 64, an fp32 absmax of these per 256 (QLoRA, arXiv:2305.14314)."""
+"""Of one weight: half a byte, an 8-bit absmax per 64, an fp32 absmax of these per 256 (QLoRA,
+arXiv:2305.14314)."""
 
 OPTIMIZER_BYTES: Mapping[str, float] = {
     "adamw_8bit": 2 + 8 / 256,
@@ -34,7 +36,8 @@ OPTIMIZER_BYTES: Mapping[str, float] = {
 """State bytes of one trained element. 8 bit: two codes, an fp32 scale of each per 256 elements."""
 
 SLACK_BYTES, SLACK_SHARE = 64 * 2**20, 0.02
-"""What the allocator and cuBLAS's workspace take beside the tensors: a constant, and a share of all else but weights."""
+"""What the allocator and cuBLAS's workspace take beside the tensors: a constant, and a share of all
+else but weights."""
 
 LAUNCH_MS = 0.15
 """Of a layer's forward or backward, kernel launches that a small batch cannot hide."""
@@ -47,9 +50,10 @@ ATTENTION_GRAD_FACTOR = 2.5
 class Job:
     """What is to be trained.
 
-    bits: 4 or 16 of the frozen projections. width: bytes of an activation and of a 16-bit (or fp32) weight. ranks: role
-    -> LoRA rank. weight_bytes, trained_bytes: read from a model; None works them out (trained_bytes: weights, gradients
-    and optimizer state of what trains; for LoRA all but the base).
+    bits: 4 or 16 of the frozen projections. width: bytes of an activation and of a 16-bit (or fp32)
+    weight. ranks: role -> LoRA rank. weight_bytes, trained_bytes: read from a model; None works
+    them out (trained_bytes: weights, gradients and optimizer state of what trains; for LoRA all but
+    the base).
     """
 
     facts: ModelFacts
@@ -86,7 +90,9 @@ class Job:
 
     @property
     def trained(self) -> int:
-        """Bytes of gradients and optimizer state, and of the LoRA weights themselves (fp32, as PEFT keeps them)."""
+        """Bytes of gradients and optimizer state, and of the LoRA weights themselves (fp32, as PEFT
+        keeps them).
+        """
         if self.trained_bytes is not None:
             return self.trained_bytes
         state = OPTIMIZER_BYTES[self.optimizer]
@@ -98,7 +104,9 @@ class Job:
 
     @property
     def dequantised(self) -> int:
-        """The buffer of the largest group of projections, with the columns that hold LoRA's B and the rows of A."""
+        """The buffer of the largest group of projections, with the columns that hold LoRA's B and
+        the rows of A.
+        """
         if self.bits != 4:
             return 0
         f = self.facts
@@ -114,8 +122,9 @@ class Job:
     def working_set(self, kept: frozenset[str]) -> int:
         """Bytes of one layer's backward beyond its kept tensors, at its worse moment.
 
-        In the MLP: what was recomputed, d(act), and five [T, D] (the incoming gradient, x, its normed copy, their
-        gradients). In attention, gate and up are freed; d(out), d(q, k, v), the fp32 accumulator of dq, five [T, D].
+        In the MLP: what was recomputed, d(act), and five [T, D] (the incoming gradient, x, its
+        normed copy, their gradients). In attention, gate and up are freed; d(out), d(q, k, v), the
+        fp32 accumulator of dq, five [T, D].
         """
         f, t, b = self.facts, self.tokens, self.width
         q, kv = f.heads * f.head_dim, f.kv_heads * f.head_dim
@@ -129,7 +138,9 @@ class Job:
 
     @property
     def loss(self) -> int:
-        """Bytes of the loss: the last hidden states, their normed copy and its gradient, one tile of logits."""
+        """Bytes of the loss: the last hidden states, their normed copy and its gradient, one tile
+        of logits.
+        """
         tile = min(LOSS_TILE, 4 * self.tokens * self.facts.vocab_size)
         return 3 * self.tokens * self.facts.hidden_size * self.width + tile
 
@@ -142,8 +153,9 @@ class Job:
     def memory(self, early: frozenset[str], count: int, late: frozenset[str]) -> dict[str, int]:
         """The peak by part: the first `count` layers keep `early`, the others `late`.
 
-        Backward runs from the last layer, so the peak is at the loss, in the last layer with everything kept, or in the
-        last of the early layers, when the late ones' tensors are already free.
+        Backward runs from the last layer, so the peak is at the loss, in the last layer with
+        everything kept, or in the last of the early layers, when the late ones' tensors are already
+        free.
         """
         rest = self.facts.layers - count
         a, z = self.kept_bytes(early), self.kept_bytes(late)
@@ -178,7 +190,9 @@ class Job:
 
     @property
     def attention_flops(self) -> float:
-        """Of one layer's causal attention forward: two products over half the square, or over the window."""
+        """Of one layer's causal attention forward: two products over half the square, or over the
+        window.
+        """
         f = self.facts
         contexts = [
             self.longest / 2 if w is None or w >= self.longest else w - w * w / (2 * self.longest)
@@ -194,7 +208,8 @@ class Job:
         shapes = f.linear_shapes()
         lora = sum(6 * rank * sum(shapes[role]) for role, rank in self.ranks.items())
         passes = 3 if self.full else 2
-        # Read and written in forward: two norms, rope, the gated product; about twice that in backward.
+        # Read and written in forward: two norms, rope, the gated product; about twice that in
+        # backward.
         moved = t * b * (4 * f.hidden_size + 2 * (q + kv) + 3 * f.intermediate_size)
         parts = {
             "GEMMs": f.layers * t * (2 * passes * f.layer_parameters + lora) / gemm,

@@ -1,10 +1,12 @@
 """`plan`: reads a model or a config, and finds the fastest placements that fit.
 
-Method. Layers are alike, and so is what it costs to keep or recompute each of their tensors; a plan is therefore how many
-layers keep which tensors. All pairs (a subset for the first n layers, a subset for the rest, n from 0 to all) are
-evaluated: exact over plans with two kinds of layer. Costs and bytes add up over tensors, so the best plan with any number
-of kinds (a fractional knapsack, filled in order of time saved per byte) has two kinds but for one tensor of one layer: that
-is the largest gap. Layers that recompute come first, because backward reaches them when the others' tensors are free.
+Method. Layers are alike, and so is what it costs to keep or recompute each of their tensors; a plan
+is therefore how many layers keep which tensors. All pairs (a subset for the first n layers, a
+subset for the rest, n from 0 to all) are
+evaluated: exact over plans with two kinds of layer. Costs and bytes add up over tensors, so the
+best plan with any number of kinds (a fractional knapsack, filled in order of time saved per byte)
+has two kinds but for one tensor of one layer: that is the largest gap. Layers that recompute come
+first, because backward reaches them when the others' tensors are free.
 """
 
 from __future__ import annotations
@@ -13,24 +15,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import chain, combinations
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from hotloop_core import (
-    Attention,
-    Glu,
     LayerPlan,
     ModelFacts,
     Placement,
     Plan,
-    discover,
-    facts_of,
 )
 from hotloop_core.errors import BudgetError, ConfigError, PlanError, UnsupportedError
 from hotloop_core.plan import amount
 
 from .cards import REFERENCE, Card, find_card, present_card
 from .costs import OPTIMIZER_BYTES, Job
+from .read import ranks_of, read
 
 if TYPE_CHECKING:
     import os
@@ -38,16 +36,18 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    ModelOrConfig = (
-        "PreTrainedModel | PreTrainedConfig | ModelFacts | Mapping[str, Any] | str | os.PathLike"
-    )
-
 Placements = Literal["keep", "recompute"] | Mapping[str, Placement | str]
-"""Fixed choices for every layer: keep all, recompute all, or tensor name -> placement (others are kept)."""
+"""Fixed choices for every layer: keep all, recompute all, or tensor name -> placement (others are
+kept)."""
 
 
 def plan(
-    model_or_config: ModelOrConfig,
+    model_or_config: PreTrainedModel
+    | PreTrainedConfig
+    | ModelFacts
+    | Mapping[str, Any]
+    | str
+    | os.PathLike[str],
     *,
     tokens: int,
     longest: int | None = None,
@@ -64,15 +64,23 @@ def plan(
     """The fastest plan that fits, without any effect.
 
     Args:
-        model_or_config: a model (its weights are then measured, `bits` and `dtype` read from it), a transformers config,
-            a mapping as in config.json, a path to one or to a model folder, or a hub id. Nothing but the config is read.
-        tokens: in one forward and backward on this device. longest: the longest sequence among them; default all of
-            them, at most what the model can position.
-        lora: rank on all seven projections, or role ("q", "k", "v", "o", "gate", "up", "down") -> rank.
-        vram: "24GiB", "24GB" or bytes. Default: what is free on the card, or all of a card that is named; no budget
-            where there is no card.
+        model_or_config: a model (its weights are then measured, `bits` and `dtype` read from it), a
+            transformers config, a mapping as in config.json, a path to one or to a model folder, or
+            a hub id. Nothing but the config is read.
+        tokens: in one forward and backward on this device.
+        longest: the longest sequence among them; default all of them, at most what the model can
+            position.
+        lora: rank on all seven projections, or role ("q", "k", "v", "o", "gate", "up", "down") ->
+            rank.
+        vram: "24GiB", "24GB" or bytes. Default: what is free on the card, or all of a card that is
+            named; no budget where there is no card.
         card: a name of the table or a `Card`; default the one that is present.
+        bits: of the frozen projections, 4 (NF4) or 16.
+        dtype: of activations and of what is not quantised.
+        full_finetuning: every weight trains.
+        optimizer: as Trainer calls it; sizes its state.
         placements: fixed choices, only checked against the budget. None searches.
+        family: which one, where several plugins claim the model.
 
     Raises:
         BudgetError: nothing fits; names the least that would do.
@@ -82,8 +90,8 @@ def plan(
     """
     if tokens < 1 or (longest is not None and not 1 <= longest <= tokens):
         raise ConfigError(
-            f"tokens={tokens}, longest={longest}: expected 1 <= longest <= tokens, since a sequence cannot be "
-            "longer than the batch that holds it."
+            f"tokens={tokens}, longest={longest}: expected 1 <= longest <= tokens, since a "
+            "sequence cannot be longer than the batch that holds it."
         )
     if optimizer not in OPTIMIZER_BYTES:
         raise ConfigError(
@@ -91,16 +99,17 @@ def plan(
         )
     if bits not in (4, 16) or (bits == 4 and full_finetuning):
         raise ConfigError(
-            f"bits={bits}, full_finetuning={full_finetuning}: expected bits 4 or 16, and 16 where all weights train."
+            f"bits={bits}, full_finetuning={full_finetuning}: expected bits 4 or 16, and 16 where "
+            "all weights train."
         )
-    facts, measured = _read(model_or_config, family, optimizer)
+    facts, measured = read(model_or_config, family, optimizer)
     job = Job(
         facts=facts,
         tokens=tokens,
         longest=min(longest or tokens, facts.max_positions),
         bits=bits,
         width=4 if "float32" in str(dtype) else 2,
-        ranks=_ranks(lora, facts),
+        ranks=ranks_of(lora, facts),
         full=full_finetuning,
         optimizer=optimizer,
     )
@@ -123,102 +132,11 @@ def parse_bytes(size: str | int) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?B)?\s*", str(size), re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise ConfigError(
-            f"{size!r} is not an amount of memory; expected such as '24GiB', '24GB' or a number of bytes"
+            f"{size!r} is not an amount of memory; expected such as '24GiB', '24GB' or a number of "
+            "bytes"
         )
     base = 1000 if (match[3] or "").lower() == "b" else 1024
     return int(float(match[1]) * base ** ("KMGT".index(match[2].upper()) + 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    """What is read from a loaded model."""
-
-    frozen_bytes: int
-    trained_bytes: int
-    adapted: bool
-    bits: int
-    width: int
-    full: bool
-
-    def refine(self, job: Job, planned_lora: bool) -> Job:
-        """`job` with the model's own bytes; an adapter that is still to come keeps its worked-out bytes."""
-        known = self.trained_bytes if self.adapted or not planned_lora else None
-        return replace(
-            job,
-            bits=self.bits,
-            width=self.width,
-            full=self.full,
-            weight_bytes=self.frozen_bytes,
-            trained_bytes=known,
-        )
-
-
-def _read(source: Any, family: str | None, optimizer: str) -> tuple[ModelFacts, _Measured | None]:
-    if isinstance(source, ModelFacts):
-        return source, None
-    measured = None
-    if hasattr(source, "named_parameters"):
-        measured, source = _measure(source, optimizer), source.config
-    if hasattr(source, "to_dict"):
-        source = source.to_dict()
-    if not isinstance(source, Mapping):
-        from hotloop.loading.source import locate
-
-        source = locate(source).config
-    spec = discover().match(source, family=family)
-    layer = spec.layer_spec(source, 0)
-    if not (isinstance(layer.attention, Attention) and isinstance(layer.mlp, Glu)):
-        raise UnsupportedError(
-            f"family {spec.name!r}: the planner counts dense layers (Attention and Glu); this one has "
-            f"{type(layer.attention).__name__} and {type(layer.mlp).__name__}. Wire it without a plan."
-        )
-    return facts_of(spec, source), measured
-
-
-def _measure(model: PreTrainedModel, optimizer: str) -> _Measured:
-    frozen = trained = quantised = 0
-    adapted = False
-    for name, parameter in model.named_parameters():
-        size = parameter.numel() * parameter.element_size()
-        if parameter.requires_grad:
-            state = OPTIMIZER_BYTES[optimizer] * parameter.numel()
-            adapter = ".lora_" in name or ".modules_to_save." in name
-            adapted |= adapter
-            frozen += 0 if adapter else size
-            trained += int((2 if adapter else 1) * size + state)
-            continue
-        frozen += size
-        state = getattr(parameter, "quant_state", None)
-        if state is not None:
-            quantised += 1
-            nested = getattr(state, "state2", None)
-            tensors = [state.absmax] + ([] if nested is None else [nested.absmax])
-            frozen += sum(t.numel() * t.element_size() for t in tensors)
-    return _Measured(
-        frozen_bytes=frozen,
-        trained_bytes=trained,
-        adapted=adapted,
-        bits=4 if quantised else 16,
-        width=model.get_input_embeddings().weight.element_size(),
-        full=bool(trained) and not adapted,
-    )
-
-
-def _ranks(lora: int | Mapping[str, int] | None, facts: ModelFacts) -> dict[str, int]:
-    roles = facts.linear_shapes()
-    ranks = (
-        {}
-        if lora is None
-        else dict(lora)
-        if isinstance(lora, Mapping)
-        else dict.fromkeys(roles, lora)
-    )
-    unknown = ranks.keys() - roles.keys()
-    if unknown or any(rank < 1 for rank in ranks.values()):
-        raise ConfigError(
-            f"lora={lora!r}: expected a rank of 1 or more, or of each of {', '.join(roles)}"
-        )
-    return ranks
 
 
 def _card(card: str | Card | None) -> tuple[Card | None, str | None, int | None]:
@@ -262,13 +180,9 @@ class _Candidate:
 
 def _layer(job: Job, kept: frozenset[str]) -> LayerPlan:
     return LayerPlan(
-        placements=MappingProxyType(
-            {
-                s.name: Placement.RECOMPUTE
-                for s in job.saved
-                if s.can_recompute and s.name not in kept
-            }
-        )
+        placements={
+            s.name: Placement.RECOMPUTE for s in job.saved if s.can_recompute and s.name not in kept
+        }
     )
 
 
@@ -296,19 +210,21 @@ def _fixed(placements: Placements, names: list[str]) -> frozenset[str]:
     if isinstance(placements, str):
         if placements not in ("keep", "recompute"):
             raise ConfigError(
-                f"placements={placements!r}; expected 'keep', 'recompute' or a mapping of {', '.join(names)}"
+                f"placements={placements!r}; expected 'keep', 'recompute' or a mapping of "
+                f"{', '.join(names)}"
             )
         return frozenset(names if placements == "keep" else ())
     chosen = {"x": Placement.KEEP, **placements}
     for name, placement in chosen.items():
         if name not in ("x", *names) or placement not in set(Placement):
             raise ConfigError(
-                f"placements[{name!r}]={placement!r}; expected x, {', '.join(names)} -> {', '.join(Placement)}"
+                f"placements[{name!r}]={placement!r}; expected x, {', '.join(names)} -> "
+                f"{', '.join(Placement)}"
             )
         if placement == Placement.OFFLOAD:
             raise UnsupportedError(
-                f"placements[{name!r}]='offload': offloading to host memory is not built yet; use 'keep' or "
-                "'recompute'."
+                f"placements[{name!r}]='offload': offloading to host memory is not built yet; use "
+                "'keep' or 'recompute'."
             )
     if chosen["x"] != Placement.KEEP:
         raise PlanError("x, the residual stream that enters a layer, cannot be recomputed; keep it")
@@ -339,9 +255,7 @@ def _best(
         )
     if least[1] < peak:
         slower = (least[0] - again_ms) / total
-        notes.append(
-            f"the least memory for this batch is {amount(least[1])}, {slower:.0%} slower"
-        )
+        notes.append(f"the least memory for this batch is {amount(least[1])}, {slower:.0%} slower")
     if budget is not None:
         notes.append(
             f"the longest single sequence in this budget is {_longest(job, budget):,} tokens"
@@ -354,8 +268,8 @@ def _best(
         layers=best.layers(job),
         tokens=job.tokens,
         longest=job.longest,
-        memory=MappingProxyType(job.memory(best.early, best.count, best.late)),
-        step_ms=MappingProxyType({} if card is None else {**step, "recomputation": again_ms}),
+        memory=job.memory(best.early, best.count, best.late),
+        step_ms={} if card is None else {**step, "recomputation": again_ms},
         budget=budget,
         card=name,
         notes=tuple(notes),
@@ -368,7 +282,9 @@ def _least(job: Job) -> int:
 
 
 def _longest(job: Job, budget: int) -> int:
-    """Tokens of the longest single sequence that fits with everything recomputed, at most what the model positions."""
+    """Tokens of the longest single sequence that fits with everything recomputed, at most what the
+    model positions.
+    """
     low, high = 0, job.facts.max_positions
     while low < high:
         middle = (low + high + 1) // 2
@@ -389,7 +305,7 @@ def _refusal(job: Job, least: int, budget: int, fixed: bool) -> str:
     if longest == 0 and job.ranks:
         changes.append("lower the LoRA rank")
     return (
-        f"{job.tokens:,} tokens a step need at least {amount(least)}"
-        f"{' with these placements' if fixed else ''}; the budget is {amount(budget)} "
-        f"(weights {amount(job.weights)}). To fit: {', or '.join(changes)}."
+        f"{job.tokens:,} tokens a step need at least "
+        f"{amount(least)}{' with these placements' if fixed else ''}; the budget is "
+        f"{amount(budget)} (weights {amount(job.weights)}). To fit: {', or '.join(changes)}."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hotloop_core.errors import DataError
 
@@ -13,7 +13,7 @@ from .render import Renderer, Row, fields_of, find_form
 from .rows import Record, read_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -53,47 +53,74 @@ class DataReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Records:
+    """The rows as they were read and checked, before any tokenizer. held_out: the rows of a file of their own."""
+
+    form: str
+    rows: list[Record]
+    held_out: list[Record]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """The rows of a run, and the records that the training rows were made from, by the same index."""
+    """The rows of a run in tokens."""
 
     train: list[Row]
     held_out: list[Row]
-    records: list[Record]
     report: DataReport
 
 
-def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Reads and renders all rows of a recipe.
+def read(data: DataSection) -> Records:
+    """Reads all rows of a recipe.
 
     Raises:
-        DataError: no rows; rows without the named fields, without a trained token or too long, each listed by number.
+        DataError: no rows, or rows without the named fields, listed by number.
 
     """
-    data, longest = recipe.data, recipe.model.max_seq_len
+    rows = read_rows(data.path, split=data.split)
+    form = find_form(data, rows[0])
+    _require_fields(rows, fields_of(data, form), data.path)
+    held_out: list[Record] = []
+    if isinstance(data.held_out, str):
+        held_out = read_rows(data.held_out, split=data.split)
+        _require_fields(held_out, fields_of(data, form), data.held_out)
+    return Records(form=form, rows=rows, held_out=held_out)
+
+
+def prepare(recipe: Recipe, records: Records, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Renders the records with the tokenizer, which gets the recipe's chat template if it names one, and splits them.
+
+    Raises:
+        DataError: rows without a trained token, or too long, each listed by number; too few to split.
+
+    """
+    data = recipe.data
     if data.chat_template is not None:
         from hotloop.chat_templates import get_chat_template
 
         tokenizer = get_chat_template(tokenizer, data.chat_template)
-    records = read_rows(data.path, split=data.split)
-    renderer = Renderer(tokenizer, data, find_form(data, records[0]))
-    _require_fields(records, fields_of(data, renderer.form), data.path)
+    renderer = Renderer(tokenizer, data, records.form)
+    fitter = _Fitter(data.overlong, recipe.model.max_seq_len)
+    fitted = fitter.fit(_render(renderer, records.rows, data.path), data.path)
     if isinstance(data.held_out, str):
-        held_records = read_rows(data.held_out, split=data.split)
-        _require_fields(held_records, renderer.fields, data.held_out)
+        sides = [False] * len(fitted)
+        extra = fitter.fit(_render(renderer, records.held_out, data.held_out), data.held_out)
     else:
-        records, held_records = split_held_out(records, data.held_out, seed=data.shuffle_seed)
-
-    fitter = _Fitter(renderer, data, longest)
-    train, sources = fitter.rows(records, data.path)
-    held_out, _ = fitter.rows(
-        held_records, data.held_out if isinstance(data.held_out, str) else data.path
-    )
+        sides = held_out_sides(records.rows, data.held_out, seed=data.shuffle_seed)
+        extra = []
+    train = [
+        piece for pieces, held in zip(fitted, sides, strict=True) if not held for piece in pieces
+    ]
+    held_out = [
+        piece for pieces, held in zip(fitted, sides, strict=True) if held for piece in pieces
+    ]
+    held_out += [piece for pieces in extra for piece in pieces]
     if not train:
         raise DataError(
-            f"{data.path}: no row is left to train on ({fitter.dropped_rows} were too long)"
+            f"{data.path}: no row is left to train on; {fitter.dropped_rows} were too long. Raise model.max_seq_len."
         )
     report = DataReport(
-        form=renderer.form,
+        form=records.form,
         rows=len(train),
         held_out_rows=len(held_out),
         overlong=fitter.overlong,
@@ -101,34 +128,33 @@ def prepare(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Prepared:
         dropped_tokens=fitter.dropped_tokens,
         tokens=sum(len(row) for row in train),
         trained_tokens=sum(row.trained for row in train),
-        longest=max(len(row) for row in train),
+        longest=max(len(row) for row in [*train, *held_out]),
         fingerprint=_fingerprint([*train, *held_out]),
     )
-    return Prepared(train=train, held_out=held_out, records=sources, report=report)
+    return Prepared(train=train, held_out=held_out, report=report)
 
 
-def split_held_out(
-    records: Sequence[Record], share: float, *, seed: int
-) -> tuple[list[Record], list[Record]]:
-    """Splits records into (train, held out), at least one of them held out where `share` is above 0.
+def held_out_sides(records: Sequence[Record], share: float, *, seed: int) -> list[bool]:
+    """For each record whether it is held out; at least one is, where `share` is above 0.
 
-    A record's side depends on its content and the seed alone: added or reordered rows move no other, and equal rows
-    are on the same side, so that nothing held out was trained on.
+    A record's side depends on its content, the seed and the set alone: reordered rows stay on their sides, and equal
+    rows are on the same side, so that nothing held out was trained on.
+
+    Raises:
+        DataError: all records are equal.
+
     """
     if share == 0:
-        return list(records), []
+        return [False] * len(records)
     keys = [_key(record, seed) for record in records]
     distinct = sorted(set(keys))
     if len(distinct) < 2:
         raise DataError(
-            f"{len(distinct)} distinct row cannot be split; set data.held_out = 0, or name a file of held-out rows"
+            "a single distinct row cannot be split; set data.held_out = 0, or name a file of held-out rows"
         )
     count = min(max(1, round(share * len(distinct))), len(distinct) - 1)
     held = set(distinct[:count])
-    sides: tuple[list[Record], list[Record]] = ([], [])
-    for record, key in zip(records, keys, strict=True):
-        sides[key in held].append(record)
-    return sides
+    return [key in held for key in keys]
 
 
 def _key(record: Record, seed: int) -> str:
@@ -136,38 +162,32 @@ def _key(record: Record, seed: int) -> str:
     return hashlib.sha256(f"{seed} {text}".encode()).hexdigest()
 
 
-class _Fitter:
-    """Renders records, does with overlong rows what the recipe says, and counts what it did."""
+def _render(renderer: Renderer, records: Sequence[Record], path: str) -> list[Row]:
+    rows = [renderer(record, f"{path}, row {number}") for number, record in enumerate(records, 1)]
+    _refuse(path, "no token to train on", rows, lambda row: row.trained == 0, _NOTHING_TRAINED)
+    return rows
 
-    def __init__(self, renderer: Renderer, data: DataSection, longest: int) -> None:
-        self.renderer, self.policy, self.longest = renderer, data.overlong, longest
+
+class _Fitter:
+    """Does with overlong rows what the recipe says, and counts what it did."""
+
+    def __init__(self, policy: str, longest: int) -> None:
+        self.policy, self.longest = policy, longest
         self.overlong = self.dropped_rows = self.dropped_tokens = 0
 
-    def rows(self, records: Sequence[Record], path: str) -> tuple[list[Row], list[Record]]:
-        rendered = [
-            self.renderer(record, f"{path}, row {number}")
-            for number, record in enumerate(records, start=1)
-        ]
-        _refuse(
-            path, "no token to train on", rendered, lambda row: row.trained == 0, _NOTHING_TRAINED
-        )
+    def fit(self, rows: Sequence[Row], path: str) -> list[list[Row]]:
+        """For each row, what of it is used: itself, pieces of it, or nothing."""
         if self.policy == "error":
             _refuse(
                 path,
                 f"more than max_seq_len = {self.longest} tokens",
-                rendered,
+                rows,
                 lambda row: len(row) > self.longest,
                 'Raise model.max_seq_len, or set data.overlong to "cut", "drop" or "split".',
             )
-        rows: list[Row] = []
-        sources: list[Record] = []
-        for row, record in zip(rendered, records, strict=True):
-            for piece in self._pieces(row):
-                rows.append(piece)
-                sources.append(record)
-        return rows, sources
+        return [self._pieces(row) for row in rows]
 
-    def _pieces(self, row: Row) -> Iterable[Row]:
+    def _pieces(self, row: Row) -> list[Row]:
         if len(row) <= self.longest:
             return [row]
         self.overlong += 1
@@ -182,7 +202,9 @@ class _Fitter:
 _NOTHING_TRAINED = 'A chat needs an assistant message and a completion must not be empty; or set data.loss_on = "all".'
 
 
-def _refuse(path: str, what: str, rows: Sequence[Row], bad: Any, advice: str) -> None:
+def _refuse(
+    path: str, what: str, rows: Sequence[Row], bad: Callable[[Row], bool], advice: str
+) -> None:
     numbers = [number for number, row in enumerate(rows, start=1) if bad(row)]
     if numbers:
         longest = max(len(row) for row in rows)

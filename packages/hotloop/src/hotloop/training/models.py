@@ -101,6 +101,7 @@ def plan_batch(model: PreTrainedModel, recipe: Recipe, *, longest: int) -> Plan 
         tokens=tokens,
         longest=longest,
         vram=recipe.model.vram,
+        bits=recipe.model.bits,
         full_finetuning=recipe.lora is None,
         optimizer=recipe.schedule.optimizer,
     )

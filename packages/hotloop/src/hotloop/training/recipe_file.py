@@ -121,7 +121,7 @@ _SCALARS = {"str", "int", "float", "bool"}
 
 
 def _is_branch(part: object) -> bool:
-    """Whether it names a union's tried branch ("float", "list[str]", "LoraSection"), which pydantic puts into the path."""
+    """Whether it names a union's tried branch ("float", "LoraSection"), which pydantic puts into the path."""
     text = str(part)
     return "[" in text or text.endswith("Section") or text.removeprefix("constrained-") in _SCALARS
 

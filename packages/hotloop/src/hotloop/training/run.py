@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from . import callbacks
 from .batches import Bins, collate
-from .data import prepare
+from .data import prepare, read
 from .directory import RunDirectory
 from .gradients import GradientWatch
 from .models import build, lora_rank, plan_batch
@@ -78,8 +78,9 @@ class Run:
         self._resume, self._console = resume, console
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
+        records = read(recipe.data)  # before the model, so that bad rows are told in a second
         self.model, self.tokenizer = build(recipe)
-        self.data = prepare(recipe, self.tokenizer)
+        self.data = prepare(recipe, records, self.tokenizer)
         packed = {
             "capacity": recipe.model.max_seq_len,
             "packed": recipe.data.packing,

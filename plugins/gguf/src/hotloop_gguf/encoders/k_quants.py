@@ -67,8 +67,8 @@ def _affine(
     dmin = (low.amax(1, keepdim=True) / 63).to(torch.float16)
     sc = (scale * _inverse(scale.amax(1, keepdim=True) / 63)).round_().clamp_(max=63)
     m = (low * _inverse(low.amax(1, keepdim=True) / 63)).round_().clamp_(max=63)
-    blocks, weight = groups.reshape(-1, 8, 32), weight.reshape(-1, 8, 32)
-    sc, m, q = _nearby_affine(blocks, weight, d.float(), dmin.float(), sc, m, levels)
+    blocks = groups.reshape(-1, 8, 32)
+    sc, m, q = _nearby_affine(blocks, d.float(), dmin.float(), sc, m, levels)
     halves = [half.flatten(1).view(torch.uint8) for half in (d, dmin)]
     packed = _pack_six_bits(sc.flatten(1).to(torch.uint8), m.flatten(1).to(torch.uint8))
     return torch.cat([*halves, packed], 1), q.to(torch.uint8)
@@ -79,21 +79,20 @@ def _affine_search(
 ) -> tuple[Tensor, Tensor]:
     """Scale s and minimum m >= 0 of each group, x about s q - m, q in 0..levels; both [groups, 1].
 
-    Candidates are q = round((first + i step + levels)(x - min)/(max - min)); for each, s and m solve
-    the weighted normal equations, and the error follows from the same sums.
+    Candidates are q = round((first + i step + levels)(x + m)/(max + m)) with the best m so far; for
+    each, s and m solve the weighted normal equations, and the error follows from the same sums.
     """
     low = x.amin(1, keepdim=True).clamp_(max=0.0)
-    span = x.amax(1, keepdim=True) - low
-    unit = (x - low) * _inverse(span)
+    high = x.amax(1, keepdim=True)
     wx = weight * x
     sum_w, sum_x = weight.sum(1, keepdim=True), wx.sum(1, keepdim=True)
     sum_xx = (wx * x).sum(1, keepdim=True)
 
-    scale, offset = span / levels, low
+    scale, offset = (high - low) / levels, low
     best = torch.full_like(sum_w, torch.inf)
     for i in range(-1, steps):
         stretch = levels if i < 0 else first + i * step + levels
-        q = (unit * stretch).round_().clamp_(max=levels)
+        q = ((x - offset) * (stretch * _inverse(high - offset))).round_().clamp_(0, levels)
         wq = weight * q
         sum_q = wq.sum(1, keepdim=True)
         sum_qx = (q * wx).sum(1, keepdim=True)
@@ -115,7 +114,7 @@ def _affine_search(
 
 
 def _nearby_affine(
-    x: Tensor, weight: Tensor, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor, levels: int
+    x: Tensor, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor, levels: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best of each group's quantised scale and minimum and their neighbours, and q for it."""
     best = torch.full_like(sc, torch.inf)
@@ -125,10 +124,13 @@ def _nearby_affine(
             near_sc, near_m = (sc + up).clamp_(0, 63), (m + right).clamp_(0, 63)
             s, low = d * near_sc, dmin * near_m
             q = ((x + low) * _inverse(s)).round_().clamp_(0, levels)
-            error = (q * s - low - x).square_().mul_(weight).sum(2, keepdim=True)
+            error = (q * s - low - x).square_().sum(2, keepdim=True)
             better = error < best
             best = torch.where(better, error, best)
-            kept_sc, kept_m = torch.where(better, near_sc, kept_sc), torch.where(better, near_m, kept_m)
+            kept_sc, kept_m = (
+                torch.where(better, near_sc, kept_sc),
+                torch.where(better, near_m, kept_m),
+            )
             kept_q = torch.where(better, q, kept_q)
     return kept_sc, kept_m, kept_q
 

@@ -205,7 +205,7 @@ def _token_losses(
         rows=rows,
         chunk_tokens=_chunk_tokens(rows.count, weight.shape[0], dtype, chunk_tokens),
         dtype=dtype,
-        dloss=_mantissa(divisor, hidden, dtype) if gradient == "forward" else None,
+        dloss=_mantissa(divisor, hidden, dtype),
         entropy=entropy,
         gradient=gradient,
         train_hidden=train_hidden,
@@ -215,13 +215,17 @@ def _token_losses(
     arguments = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), work)
     if gradient == "none":
         with torch.no_grad():
-            outputs, _, _ = run_forward(*arguments)
+            (loss_T, log_prob_T, entropy_T, is_top1_T), _, _ = run_forward(*arguments)
     else:
-        outputs = HeadLoss.apply(*arguments)
-        if entropy and not entropy_gradient:
-            outputs = (*outputs[:2], outputs[2].detach(), outputs[3])
-    shaped = (None if output is None else output.reshape(labels.shape) for output in outputs)
-    return TokenLosses(*shaped)
+        loss_T, log_prob_T, entropy_T, is_top1_T = HeadLoss.apply(*arguments)
+    if entropy_T is not None:
+        entropy_T = (entropy_T if entropy_gradient else entropy_T.detach()).view(labels.shape)
+    return TokenLosses(
+        loss=loss_T.view(labels.shape),
+        log_prob=log_prob_T.view(labels.shape),
+        entropy=entropy_T,
+        is_top1=is_top1_T.view(labels.shape),
+    )
 
 
 def _mantissa(divisor: Tensor | int | None, hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -32,7 +32,7 @@ class HeadWork:
     dloss: 0-d, in the dtype of the losses: what the gradient made in forward is multiplied by
         before it is rounded, and divided by in backward. The mantissa of 1 / num_items leaves
         backward a power of two, which rounds nothing; its exponent stays out, so that nothing is
-        lost to fp16. None where no gradient is made in forward.
+        lost to fp16.
     """
 
     ops: CrossEntropyRows
@@ -40,7 +40,7 @@ class HeadWork:
     rows: TrainedRows
     chunk_tokens: int
     dtype: torch.dtype
-    dloss: Tensor | None
+    dloss: Tensor
     entropy: bool
     gradient: Literal["none", "forward", "backward"]
     train_hidden: bool
@@ -152,7 +152,7 @@ def run_forward(
             log_prob_T[rows] = found.log_prob_T
             lse_T[rows] = found.lse_T
             is_top1_T[rows] = found.is_top1_T
-            if entropy_T is not None:
+            if entropy_T is not None and found.entropy_T is not None:
                 entropy_T[rows] = found.entropy_T
             if gradients is not None:
                 gradients.add(logits_CV, hidden_CD, weight_VD, rows)
@@ -185,13 +185,7 @@ class HeadLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(
-        ctx: Any,
-        dloss_T: Tensor | None,
-        dlog_prob_T: Tensor | None,
-        dentropy_T: Tensor | None,
-        _: None,
-    ) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Any, ...]:
         """Gradients of hidden states, head and bias from those of the outputs (None: zeros)."""
         if torch.is_grad_enabled():
             raise GradientError(
@@ -199,6 +193,7 @@ class HeadLoss(torch.autograd.Function):
                 "one. Pass create_graph=False, or compute this loss from logits."
             )
         work: HeadWork = ctx.work
+        dloss_T, dlog_prob_T, dentropy_T, _ = grad_outputs
         if dloss_T is None and dlog_prob_T is None and dentropy_T is None:
             return (None,) * 5
         if work.gradient == "backward":

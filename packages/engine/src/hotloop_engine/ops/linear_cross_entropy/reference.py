@@ -82,6 +82,7 @@ def backward_(
     p_TV = log_p_TV.exp()
     dz_TV = alpha_T[:, None] * p_TV - gamma_T[:, None]
     if dentropy_T is not None:
+        assert entropy_T is not None, "the gradient of the entropy needs forward's entropy"
         finite_TV = log_p_TV.clamp_min(torch.finfo(z_TV.dtype).min)
         dz_TV -= dentropy_T[:, None] * p_TV * (finite_TV + entropy_T[:, None])
     dz_TV.scatter_add_(1, labels_T[:, None], -beta_T[:, None])

@@ -15,6 +15,7 @@ def absmax_of(weight: FourBitWeight) -> Tensor:
     """The scale of each block, fp32 [ceil(N*K / blocksize)], with the nesting undone."""
     if weight.nested_absmax is None:
         return weight.absmax
+    assert weight.nested_code is not None and weight.nested_offset is not None
     outer = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)
     inner = weight.nested_code[weight.absmax.int()]
     return inner * outer[: inner.numel()] + weight.nested_offset

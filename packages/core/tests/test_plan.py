@@ -1,0 +1,69 @@
+import copy
+import pickle
+
+from hotloop_core import LayerPlan, Placement, Plan, discover, facts_of, saved_tensors
+from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, amount
+
+GIB = 2**30
+
+
+def made(**options):
+    layers = (RECOMPUTE_ALL,) * 2 + (KEEP_ALL,)
+    defaults = {"tokens": 2048, "longest": 1024, "memory": {"weights": 3 * GIB, "rest": GIB // 2}}
+    return Plan(layers=layers, **{**defaults, **options})
+
+
+def test_a_tensor_that_is_not_named_is_kept():
+    layer = LayerPlan(placements={"qkv": Placement.OFFLOAD})
+    assert layer.placement("qkv") is Placement.OFFLOAD
+    assert layer.placement("gate_up") is Placement.KEEP
+
+
+def test_recompute_all_names_every_tensor_that_can_be_recomputed():
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 100,
+        "hidden_act": "silu",
+    }
+    tensors = saved_tensors(facts_of(discover().match(config), config))
+    assert RECOMPUTE_ALL.placements.keys() == {t.name for t in tensors if t.can_recompute}
+    sizes = {t.name: t.elements for t in tensors}
+    assert sizes == {"x": 64, "qkv": 128, "attention": 64, "x_mid": 64, "gate_up": 192}
+    assert {t.name: t.flops for t in tensors}["gate_up"] == 2 * 64 * 192
+
+
+def test_the_peak_is_the_sum_of_its_parts():
+    assert made().peak_bytes == 3.5 * GIB
+
+
+def test_a_plan_prints_layers_in_groups_memory_and_time():
+    text = str(made(budget=4 * GIB, step_ms={"GEMMs": 60.0, "attention": 40.0}, card="H100"))
+    assert "layers 0 to 1: recompute qkv attention x_mid gate_up" in text
+    assert "layer 2: keep everything" in text
+    assert "3.50 GiB of 4.00 GiB" in text
+    assert "100.0 ms on H100, 20,480 tokens/s" in text
+    assert "weights streamed" in str(LayerPlan(streamed=True))
+
+
+def test_a_plan_without_a_prediction_prints_its_layers_alone():
+    text = str(made(memory={}, notes=("a note",)))
+    assert text.splitlines()[1:] == [
+        "  layers 0 to 1: recompute qkv attention x_mid gate_up",
+        "  layer 2: keep everything",
+        "  a note",
+    ]
+
+
+def test_a_plan_can_be_copied_and_pickled_with_the_model_that_holds_it():
+    assert copy.deepcopy(made()) == made()
+    assert pickle.loads(pickle.dumps(made())) == made()
+
+
+def test_amounts_are_readable_at_every_size():
+    assert amount(3.41 * GIB) == "3.41 GiB"
+    assert amount(5 * 2**20) == "5.0 MiB"

@@ -1,0 +1,123 @@
+"""What is to be planned for: a config read through its family, and a loaded model measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from hotloop_core import Attention, Glu, ModelFacts, discover, facts_of
+from hotloop_core.errors import ConfigError, UnsupportedError
+
+from .costs import OPTIMIZER_BYTES, Job
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is read from a loaded model."""
+
+    frozen_bytes: int
+    trained_bytes: int
+    adapted: bool
+    bits: int
+    width: int
+    full: bool
+
+    def refine(self, job: Job, planned_lora: bool) -> Job:
+        """`job` with the model's own bytes; an adapter that is still to come keeps its worked-out
+        bytes.
+        """
+        known = self.trained_bytes if self.adapted or not planned_lora else None
+        return replace(
+            job,
+            bits=self.bits,
+            width=self.width,
+            full=self.full,
+            weight_bytes=self.frozen_bytes,
+            trained_bytes=known,
+        )
+
+
+def read(source: Any, family: str | None, optimizer: str) -> tuple[ModelFacts, Measured | None]:
+    """The facts of a model, config, path or hub id; of a model what it weighs, too.
+
+    Raises:
+        NoFamilyError, ConfigError, CheckpointError: as reading its config says.
+        UnsupportedError: layers that the planner cannot count.
+
+    """
+    if isinstance(source, ModelFacts):
+        return source, None
+    measured = None
+    if hasattr(source, "named_parameters"):
+        measured, source = _measure(source, optimizer), source.config
+    if hasattr(source, "to_dict"):
+        source = source.to_dict()
+    if not isinstance(source, Mapping):
+        from hotloop.loading.source import locate
+
+        source = locate(source).config
+    spec = discover().match(source, family=family)
+    layer = spec.layer_spec(source, 0)
+    if not (isinstance(layer.attention, Attention) and isinstance(layer.mlp, Glu)):
+        raise UnsupportedError(
+            f"family {spec.name!r}: the planner counts dense layers (Attention and Glu); this one "
+            f"has {type(layer.attention).__name__} and {type(layer.mlp).__name__}. Wire it without "
+            "a plan."
+        )
+    return facts_of(spec, source), measured
+
+
+def _measure(model: PreTrainedModel, optimizer: str) -> Measured:
+    frozen = trained = quantised = 0
+    adapted = False
+    for name, parameter in model.named_parameters():
+        size = parameter.numel() * parameter.element_size()
+        if parameter.requires_grad:
+            state = OPTIMIZER_BYTES[optimizer] * parameter.numel()
+            adapter = ".lora_" in name or ".modules_to_save." in name
+            adapted |= adapter
+            frozen += 0 if adapter else size
+            trained += int((2 if adapter else 1) * size + state)
+            continue
+        frozen += size
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            quantised += 1
+            nested = getattr(state, "state2", None)
+            tensors = [state.absmax] + ([] if nested is None else [nested.absmax])
+            frozen += sum(t.numel() * t.element_size() for t in tensors)
+    return Measured(
+        frozen_bytes=frozen,
+        trained_bytes=trained,
+        adapted=adapted,
+        bits=4 if quantised else 16,
+        width=model.get_input_embeddings().weight.element_size(),
+        full=bool(trained) and not adapted,
+    )
+
+
+def ranks_of(lora: int | Mapping[str, int] | None, facts: ModelFacts) -> dict[str, int]:
+    """Role -> LoRA rank; empty without LoRA.
+
+    Raises:
+        ConfigError: a role that is none, or a rank below 1.
+
+    """
+    roles = facts.linear_shapes()
+    ranks = (
+        {}
+        if lora is None
+        else dict(lora)
+        if isinstance(lora, Mapping)
+        else dict.fromkeys(roles, lora)
+    )
+    unknown = ranks.keys() - roles.keys()
+    if unknown or any(rank < 1 for rank in ranks.values()):
+        raise ConfigError(
+            f"lora={lora!r}: expected a rank of 1 or more, or of each of {', '.join(roles)}"
+        )
+    return ranks

@@ -1,0 +1,223 @@
+import copy
+import io
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from hotloop import FastLanguageModel, FastModel, is_bfloat16_supported
+from hotloop.fast.refusals import FROM_PRETRAINED, GET_PEFT_MODEL, UnknownArgumentError
+from hotloop.wiring import receipt_of
+from hotloop_core.errors import ConfigError, UnsupportedError
+from hotloop_core.plan import RECOMPUTE_ALL
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+def loaded(path, **options):
+    return FastLanguageModel.from_pretrained(
+        str(path), **{"max_seq_length": 64, "load_in_4bit": False, "device": "cpu", **options}
+    )
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_llama):
+    return loaded(tiny_llama)[0]
+
+
+@pytest.fixture
+def model(shared):
+    return copy.deepcopy(shared)
+
+
+def test_the_base_is_in_four_bit_unless_sixteen_or_full_are_asked_for(tiny_llama):
+    def four_bit(**options):
+        model = FastLanguageModel.from_pretrained(str(tiny_llama), 64, device="cpu", **options)[0]
+        return hasattr(model.model.layers[0].mlp.up_proj.weight, "quant_state")
+
+    assert four_bit()
+    assert not four_bit(load_in_16bit=True)
+    assert not four_bit(full_finetuning=True)
+
+
+@pytest.mark.parametrize(
+    "asked, layers", [(True, (RECOMPUTE_ALL,) * 2), (False, None), ("unsloth", None)]
+)
+def test_gradient_checkpointing_maps_to_plans(model, asked, layers):
+    adapted = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=asked)
+    plan = receipt_of(adapted).plan
+    recomputed = {name for layer in plan.layers for name in layer.placements}
+    assert plan.layers == layers if layers else not recomputed
+    FastLanguageModel.for_training(adapted, use_gradient_checkpointing=True)
+    assert receipt_of(adapted).plan.layers == (RECOMPUTE_ALL,) * 2
+
+
+def test_a_word_that_is_no_checkpointing_is_refused(model):
+    with pytest.raises(ConfigError, match="offload"):
+        FastLanguageModel.get_peft_model(model, use_gradient_checkpointing="always")
+
+
+def test_offloading_that_is_not_built_is_said_in_the_plan(tiny_llama):
+    model, _ = loaded(tiny_llama, max_seq_length=256)
+    least = loaded(tiny_llama, max_seq_length=256, use_gradient_checkpointing=True)[0]
+    budget = receipt_of(least).plan.peak_bytes + 50_000
+    assert receipt_of(model).plan.peak_bytes > budget
+    model, _ = loaded(tiny_llama, max_seq_length=256, vram=budget)
+    assert "offloading to host memory is not built yet" in str(receipt_of(model).plan)
+
+
+def test_modes_switch_the_cache_and_dropout(model):
+    adapted = FastLanguageModel.get_peft_model(model, r=4)
+    assert FastLanguageModel.for_inference(adapted) is adapted
+    assert (adapted.training, adapted.config.use_cache) == (False, True)
+    assert FastLanguageModel.for_training(adapted) is adapted
+    assert (adapted.training, adapted.config.use_cache) == (True, False)
+
+
+@pytest.mark.parametrize("name", [n for n, (_, why) in FROM_PRETRAINED.items() if why])
+def test_from_pretrained_refuses_by_name_what_is_not_there(name):
+    with pytest.raises(UnsupportedError, match=rf"{name}='something'"):
+        FastLanguageModel.from_pretrained("nowhere", **{name: "something"})
+
+
+@pytest.mark.parametrize("name", GET_PEFT_MODEL)
+def test_get_peft_model_refuses_by_name_what_is_not_there(name):
+    with pytest.raises(UnsupportedError, match=rf"{name}='something'"):
+        FastLanguageModel.get_peft_model(None, **{name: "something"})
+
+
+def test_arguments_that_are_off_are_accepted(tiny_llama):
+    model, _ = loaded(tiny_llama, load_in_8bit=False, fast_inference=False, device_map="auto")
+    FastLanguageModel.get_peft_model(
+        model, use_dora=False, loftq_config={}, layers_to_transform=None
+    )
+
+
+def test_an_unknown_argument_is_refused_with_the_nearest_name():
+    with pytest.raises(UnknownArgumentError, match="Did you mean 'max_seq_length'"):
+        FastModel.from_pretrained("nowhere", max_seq_lenght=3)
+    with pytest.raises(TypeError, match="Did you mean 'lora_alpha'"):
+        FastModel.get_peft_model(None, lora_alhpa=3)
+
+
+def test_adapters_on_weights_that_train_are_refused(tiny_llama):
+    model, _ = loaded(tiny_llama, full_finetuning=True)
+    with pytest.raises(ConfigError, match="full_finetuning"):
+        FastLanguageModel.get_peft_model(model)
+
+
+def test_another_length_than_the_loaded_one_is_refused(model):
+    with pytest.raises(ConfigError, match="loaded for 64"):
+        FastLanguageModel.get_peft_model(model, max_seq_length=128)
+
+
+def test_saving_methods_call_the_exporter_for_the_adapted_model_and_its_copies(model, monkeypatch):
+    calls = []
+    fake = types.ModuleType("hotloop.exporting")
+    fake.export = lambda model, *rest, **options: calls.append((model, rest, options))
+    monkeypatch.setitem(sys.modules, "hotloop.exporting", fake)
+    adapted = FastLanguageModel.get_peft_model(model, r=4)
+    adapted.save_pretrained_merged("out", "tok", save_method="merged_16bit")
+    assert calls.pop() == (adapted, ("tok", "out"), {"format": "safetensors", "quant": "16bit"})
+    adapted.save_pretrained_merged("out", "tok", save_method="lora")
+    assert calls.pop()[2]["quant"] == "adapter"
+    adapted.save_pretrained_gguf("out", "tok", quantization_method=["q8_0", "not_quantized"])
+    assert calls.pop() == (adapted, ("tok", "out"), {"format": "gguf", "quant": ["q8_0", "bf16"]})
+
+    twin = copy.deepcopy(adapted)
+    twin.save_pretrained_gguf("out")
+    assert calls.pop()[0] is twin
+    buffer = io.BytesIO()
+    torch.save(adapted, buffer)
+    buffer.seek(0)
+    revived = torch.load(buffer, weights_only=False)
+    revived.save_pretrained_gguf("out")
+    assert calls.pop()[0] is revived
+
+
+def test_merged_four_bit_and_unknown_methods_are_refused(model):
+    with pytest.raises(UnsupportedError, match="merged_16bit"):
+        model.save_pretrained_merged("out", save_method="merged_4bit")
+    with pytest.raises(ConfigError, match="merged_16bit, lora"):
+        model.save_pretrained_merged("out", save_method="fast")
+
+
+def test_pushing_uploads_what_was_exported(model, monkeypatch):
+    import huggingface_hub
+
+    class Api:
+        def __init__(self, token=None):
+            self.token = token
+
+        def create_repo(self, repo_id, **options):
+            return f"https://hub.invalid/{repo_id}"
+
+        def upload_folder(self, *, repo_id, folder_path):
+            uploaded.extend(sorted(file.name for file in Path(folder_path).iterdir()))
+
+    uploaded: list[str] = []
+    fake = types.ModuleType("hotloop.exporting")
+    fake.export = lambda m, t, directory, **o: (Path(directory) / "model.gguf").write_text("x")
+    monkeypatch.setitem(sys.modules, "hotloop.exporting", fake)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert model.push_to_hub_gguf("me/tiny", None, "q8_0").endswith("me/tiny")
+    assert model.push_to_hub_merged("me/tiny").endswith("me/tiny")
+    assert uploaded == ["model.gguf"] * 2
+
+
+def test_bfloat16_support_is_what_this_machine_trains_in():
+    expected = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(
+        including_emulation=False
+    )
+    assert is_bfloat16_supported() is expected
+
+
+def test_embeddings_train_at_their_own_rate(tiny_llama, tmp_path):
+    from datasets import Dataset
+    from hotloop.fast import HotloopTrainer, HotloopTrainingArguments
+
+    def trainer(**options):
+        model, tokenizer = loaded(tiny_llama)
+        model = FastLanguageModel.get_peft_model(model, r=4, **options)
+        arguments = HotloopTrainingArguments(
+            output_dir=str(tmp_path),
+            learning_rate=1e-3,
+            embedding_learning_rate=1e-5,
+            max_length=64,
+            report_to="none",
+            bf16=False,
+            optim="adamw_torch",
+        )
+        data = Dataset.from_list([{"text": "the quick brown fox"}] * 2)
+        return HotloopTrainer(
+            model=model, processing_class=tokenizer, train_dataset=data, args=arguments
+        )
+
+    with_embedding = trainer(modules_to_save=["embed_tokens", "lm_head"])
+    rates = {}
+    for group in with_embedding.create_optimizer().param_groups:
+        for parameter in group["params"]:
+            rates[id(parameter)] = group["lr"]
+    for name, parameter in with_embedding.model.named_parameters():
+        if parameter.requires_grad:
+            own = "embed_tokens" in name or "lm_head" in name
+            assert rates[id(parameter)] == (1e-5 if own else 1e-3), name
+    with pytest.raises(ConfigError, match="modules_to_save"):
+        trainer().create_optimizer()
+
+
+def test_the_drop_in_script_trains_and_saves(tiny_llama, tmp_path):
+    output = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "dropin.py", tiny_llama, "--steps", "6", "--output", output],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, last = done.stdout.split("loss ")[-1].splitlines()[0].split(" -> ")
+    assert float(last) < float(first)
+    assert (output / "lora" / "adapter_model.safetensors").is_file()
+    assert (output / "merged" / "model.safetensors").is_file()
