@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.metadata
 import itertools
@@ -14,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from hotloop.exporting import export
 from peft import LoraConfig, get_peft_model
 from tokenizers import (
     AddedToken,
@@ -32,8 +34,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-
-from hotloop.exporting import export
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="needs the interop group: llama-cpp-python")
 
@@ -256,6 +256,37 @@ def test_every_storage_type_loads_and_stays_within_its_rounding(
     }
     assert {q: kl for q, kl in measured.items() if not kl < limits[q]} == {}
     assert measured["q8_0"] < measured["q6_k"] < measured["q5_k_m"] < measured["q4_k_m"]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 9},
+        {"hidden_size": 96, "intermediate_size": 256, "tie_word_embeddings": True},
+    ],
+    ids=["wide", "narrow-tied"],
+)
+def test_each_tensor_has_the_type_that_llama_cpps_quantiser_gives_it(
+    sizes: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    from gguf import GGUFReader
+    from hotloop_gguf.mixes import MIXES
+
+    def types(path: Path) -> dict[str, str]:
+        return {t.name: t.tensor_type.name for t in GGUFReader(path).tensors}
+
+    model = tiny(len(tokenizer), **sizes)
+    quants = [name for name in MIXES if name != "f32"]
+    report = export(model, tokenizer, tmp_path, format="gguf", quant=["f32", *quants], name="tiny")
+    for quant, file in zip(quants, report.files[1:], strict=True):
+        parameters = llama_cpp.llama_model_quantize_default_params()
+        parameters.ftype, parameters.nthread = MIXES[quant].number, 1
+        theirs = tmp_path / "theirs.gguf"
+        failed = llama_cpp.llama_model_quantize(
+            str(report.files[0].path).encode(), str(theirs).encode(), ctypes.byref(parameters)
+        )
+        assert not failed
+        assert types(file.path) == types(theirs), quant
 
 
 def test_adapter_is_merged_into_the_file(tokenizer: Any, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from hotloop_core import ExportedFile, ExporterSpec, ExportReport
 from hotloop_core.errors import ConfigError, ExportError
 from hotloop_core.exporter import round_tensor

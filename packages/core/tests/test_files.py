@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from hotloop_core.errors import ExportError, OutputExistsError, SecurityError
 from hotloop_core.files import Outputs, write_atomically
 

@@ -9,6 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hotloop.exporting import export
+from hotloop_core.errors import (
+    ConfigError,
+    ExportError,
+    NoExporterError,
+    OutputExistsError,
+    UnsupportedError,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -17,15 +25,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-)
-
-from hotloop.exporting import export
-from hotloop_core.errors import (
-    ConfigError,
-    ExportError,
-    NoExporterError,
-    OutputExistsError,
-    UnsupportedError,
 )
 
 IDS = torch.arange(40).reshape(2, 20)

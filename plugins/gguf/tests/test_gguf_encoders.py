@@ -11,7 +11,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-
 from hotloop_core.errors import ExportError
 from hotloop_gguf.encoders import encode
 from hotloop_gguf.mixes import BLOCKS

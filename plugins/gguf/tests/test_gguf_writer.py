@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader
-
 from hotloop_core.errors import ExportError
 from hotloop_core.files import Outputs
 from hotloop_gguf.mixes import BLOCKS
@@ -71,5 +70,5 @@ def test_a_wrong_tensor_or_size_is_refused(parts: dict[str, bytes], tmp_path: Pa
 
 @pytest.mark.parametrize("value", [[], None])
 def test_a_value_that_gguf_cannot_hold_is_refused_by_key(value: object) -> None:
-    with pytest.raises(ExportError, match="'a.key'"):
+    with pytest.raises(ExportError, match=r"'a\.key'"):
         header({"a.key": value}, [])  # type: ignore[dict-item]

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from hotloop_core import TensorEntry
 from hotloop_core.errors import ExportError, UnsupportedError
 from hotloop_safetensors.layout import Stored, header, shards
+from safetensors.torch import load_file
 
 
 def stored(name: str, tensor: torch.Tensor) -> Stored:

@@ -26,8 +26,8 @@ class TensorEntry:
 
     name: the state-dict key (for an adapter: PEFT's key). role: the place in the family's description ("q", "gate",
     "before_attention", "embedding", "final_norm", "head", "q_norm", ...), or "other". part: "weight", "bias", or
-    "lora_A" / "lora_B". layer: its index, None outside the layers. dtype: the live model's, by torch name ("bfloat16"; of
-    a 4-bit weight, the one that it is dequantised to).
+    "lora_A" / "lora_B". layer: its index, None outside the layers. dtype: the live model's, by torch name ("bfloat16";
+    of a 4-bit weight, the one that it is dequantised to).
     load(): the tensor on the host or a device, finite, and never rounded on the way: in `dtype`, or in float32 where an
     adapter was merged in, so that the exporter rounds once, to what it writes. It may share memory with the live model:
     read it, drop it before the next, never write to it.

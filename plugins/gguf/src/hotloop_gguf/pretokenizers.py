@@ -115,7 +115,9 @@ def find(
 
     """
     # Composed, since some tokenizers compose first and llama.cpp does not: no matter of splitting.
-    texts = [unicodedata.normalize("NFC", t) for t in (*PROBES, *_triples(), *_telling(ordinary))]
+    texts = [
+        unicodedata.normalize("NFC", t) for t in (*PROBES, *_triples(), *_telling(ordinary, merges))
+    ]
     truth = [tokenize(text) for text in texts]
     bpe = _Bpe(vocabulary, merges)
     characters = "".join(sorted(set("".join(texts))))
@@ -191,22 +193,33 @@ def _triples() -> Iterable[str]:
 _SAMPLED, _KEPT = 4000, 200
 
 
-def _telling(ordinary: Iterable[str]) -> list[str]:
-    """Texts of tokens of the vocabulary that not all candidates leave in one piece."""
+def _telling(ordinary: Iterable[str], merges: Sequence[tuple[str, str]]) -> list[str]:
+    """Texts of tokens of the vocabulary on which candidates differ.
+
+    Those that not all leave in one piece, and those that no merge makes, so that only a
+    candidate that skips the merges can give them.
+    """
     decode = {char: byte for byte, char in byte_characters().items()}
+    made = {left + right for left, right in merges}
     texts: list[str] = []
+    unmade: list[str] = []
     for token in ordinary:
         if len(token) > 1 and all(char in decode for char in token):
             text = bytes(decode[char] for char in token).decode("utf-8", errors="ignore")
             if len(text) > 1:
-                texts.append(text)
-    texts = texts[:: max(1, len(texts) // _SAMPLED)]
+                (texts if token in made else unmade).append(text)
+    texts = _some(texts, _SAMPLED)
     characters = "".join(sorted(set("".join(texts))))
     compiled = [_compiled(candidate.patterns, characters) for candidate in CANDIDATES]
     telling = [
         text for text in texts if len({len(split(patterns, text)) for patterns in compiled}) > 1
     ]
-    return telling[:: max(1, len(telling) // _KEPT)]
+    return _some(telling, _KEPT) + _some(unmade, _KEPT)
+
+
+def _some(texts: list[str], most: int) -> list[str]:
+    """About `most` of them, evenly spread."""
+    return texts[:: max(1, len(texts) // most)]
 
 
 @lru_cache

@@ -88,15 +88,27 @@ class AttentionBlock:
         o_TN = self._restore(x_TD, saved) if needs_o else x_TD.new_empty(0)
         return self.output.restore(o_TN, x_TD, saved, saved["_seeds_o"])
 
+    def gradient_room(self, tokens: int, dtype: torch.dtype) -> Tensor | None:
+        """Where the gradient of this block's output is best put; None where it does not matter."""
+        return self.output.room(tokens, dtype)
+
     def backward(
-        self, dy_TD: Tensor, x_TD: Tensor, saved: Saved, sink: GradientSink, *, need_dx: bool
+        self,
+        dy_TD: Tensor,
+        x_TD: Tensor,
+        saved: Saved,
+        sink: GradientSink,
+        *,
+        need_dx: bool,
+        room: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor | None:
         """Returns dx; releases each saved tensor as soon as it has been used."""
         tokens = x_TD.shape[0]
         o_TN = self._restore(x_TD, saved)
         if self.output.after is not None and "attention_out" not in saved:
             self.output.forward(o_TN, self.o.extend(tokens), x_TD, saved, saved["_seeds_o"])
-        dz = self.output.gradient(dy_TD, saved, sink)
+        dz = self.output.gradient(dy_TD, room, saved, sink)
         do_TN = self.o.backward(
             dz,
             o_TN,
@@ -118,6 +130,7 @@ class AttentionBlock:
             dresidual=dy_TD,
             need_dx=need_dx,
             seeds=saved["_seeds_qkv"],
+            out=out,
         )
 
     def _project(self, x_TD: Tensor, saved: Saved, *, keep_weights: bool = False) -> None:
@@ -151,20 +164,14 @@ class AttentionBlock:
         """The gradient of the projections' outputs, in the group's wide layout."""
         qkv, (o_THK, lse) = saved.pop("qkv"), saved.pop("attention")
         q, k, v = self._rotated(qkv)
-        wide = self.qkv.wide(qkv.shape[0], backward=True)
-        dq, dk, dv = self._split(wide)
-        self._backend(q, k).backward(
-            do_TN.view(o_THK.shape),
-            q,
-            k,
-            v,
-            o_THK,
-            lse,
-            self.sequences,
-            out=(dq, dk, dv),
-            **self._options(),
+        dq, dk, dv = self._backend(q, k).backward(
+            do_TN.view(o_THK.shape), q, k, v, o_THK, lse, self.sequences, **self._options()
         )
         del do_TN, o_THK, q, k, v
+        # Backends write their gradients where they like; the rotation moves them to where the GEMM wants them.
+        wide = self.qkv.wide(qkv.shape[0], backward=True)
+        wide_q, wide_k, wide_v = self._split(wide)
+        wide_v.copy_(dv)
         raw_q, raw_k, _ = self._split(qkv)
         options = self._head_norms()
         trains = [view for view in (self.q_norm, self.k_norm) if _trains(view)]
@@ -177,8 +184,8 @@ class AttentionBlock:
             q_THK=raw_q if options else None,
             k_TGK=raw_k if options else None,
             need_dw=bool(trains),
-            out_q=dq,
-            out_k=dk,
+            out_q=wide_q,
+            out_k=wide_k,
             **options,
         )
         for view, gradient in ((self.q_norm, dwq), (self.k_norm, dwk)):

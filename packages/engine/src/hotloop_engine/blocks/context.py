@@ -89,11 +89,12 @@ class Norm:
         sink: GradientSink,
         *,
         dresidual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Returns dx (plus dresidual) in x's dtype."""
+        """Returns dx (plus dresidual) in x's dtype, in `out` where it is given."""
         view = self.view
         need_dw = any(tensor.requires_grad for tensor in view.tensors())
-        options = {"dresidual_TD": dresidual, "need_dw": need_dw}
+        options = {"dresidual_TD": dresidual, "need_dw": need_dw, "out": out}
         dy_TD = dy_TD.to(x_TD.dtype)
         if view.kind == "rms":
             dx, dw = self._op.backward(
@@ -150,8 +151,9 @@ class NormedInput:
         dresidual: Tensor,
         need_dx: bool,
         seeds: tuple[int, ...],
+        out: Tensor | None,
     ) -> Tensor | None:
-        """Back through the projections and the norm; returns the residual stream's gradient."""
+        """Back through the projections and the norm; returns the residual stream's gradient, in `out` if given."""
         factors = None
         if self.norm is not None and not self.group.trains_base and not self.group.drops:
             factors = self.norm.factors(x_TD, statistics)
@@ -177,8 +179,8 @@ class NormedInput:
         if dh is None:
             return None
         if self.norm is None:
-            return dresidual + dh.to(dresidual.dtype)
-        return self.norm.backward(dh, x_TD, statistics, sink, dresidual=dresidual)
+            return torch.add(dresidual, dh.to(dresidual.dtype), out=out)
+        return self.norm.backward(dh, x_TD, statistics, sink, dresidual=dresidual, out=out)
 
 
 class ResidualOutput:
@@ -220,8 +222,25 @@ class ResidualOutput:
         normed, saved[f"_statistics_{self.name}"] = self.after.forward(z)
         return torch.add(residual, normed, alpha=self.context.residual_scale)
 
-    def gradient(self, dy_TD: Tensor, saved: Saved, sink: GradientSink) -> Tensor:
-        """The gradient of the projection's output, scaled, in the group's wide layout."""
+    def room(self, tokens: int, dtype: torch.dtype) -> Tensor | None:
+        """A buffer for the gradient of this output, laid out so that `gradient` need not copy it; None if it must."""
+        if (
+            self.after is not None
+            or self.context.residual_scale != 1.0
+            or dtype != self.context.dtype
+        ):
+            return None
+        return self.group.wide(tokens, backward=True)
+
+    def gradient(
+        self, dy_TD: Tensor, room: Tensor | None, saved: Saved, sink: GradientSink
+    ) -> Tensor:
+        """The gradient of the projection's output, scaled, in the group's wide layout.
+
+        room: what `room()` gave, if dy lies in it.
+        """
+        if room is not None:
+            return room
         dz = dy_TD if self.context.residual_scale == 1.0 else dy_TD * self.context.residual_scale
         if self.after is not None:
             z = saved.pop(self.name)

@@ -7,6 +7,7 @@ Saved by name: x_mid (the input, by the caller) and gate_up. act(gate) * up is m
 
 from __future__ import annotations
 
+import torch
 from hotloop_core.kernels import Activation
 from torch import Tensor
 
@@ -62,8 +63,20 @@ class MlpBlock:
             self._project(x_TD, saved)
         return self._finish(x_TD, saved)
 
+    def gradient_room(self, tokens: int, dtype: torch.dtype) -> Tensor | None:
+        """Where the gradient of this block's output is best put; None where it does not matter."""
+        return self.output.room(tokens, dtype)
+
     def backward(
-        self, dy_TD: Tensor, x_TD: Tensor, saved: Saved, sink: GradientSink, *, need_dx: bool
+        self,
+        dy_TD: Tensor,
+        x_TD: Tensor,
+        saved: Saved,
+        sink: GradientSink,
+        *,
+        need_dx: bool,
+        room: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor | None:
         """Returns dx; releases each saved tensor as soon as it has been used."""
         tokens = x_TD.shape[0]
@@ -71,7 +84,7 @@ class MlpBlock:
             self._project(x_TD, saved, keep_weights=True)
         if self.output.after is not None and "mlp_out" not in saved:
             self._finish(x_TD, saved)
-        dz = self.output.gradient(dy_TD, saved, sink)
+        dz = self.output.gradient(dy_TD, room, saved, sink)
         e = self.down.extend(tokens, backward=True)
         dt, dh_TI = self.down.backward_input(dz, e, seeds=saved["_seeds_down"])
         del e
@@ -93,6 +106,7 @@ class MlpBlock:
             dresidual=dy_TD,
             need_dx=need_dx,
             seeds=saved["_seeds_gate_up"],
+            out=out,
         )
 
     def _project(self, x_TD: Tensor, saved: Saved, *, keep_weights: bool = False) -> None:

@@ -38,10 +38,25 @@ class Block(Protocol):
         """The block's output again, from what `saved` still has."""
         ...
 
+    def gradient_room(self, tokens: int, dtype: torch.dtype) -> Tensor | None:
+        """A buffer [T, at least D] in which this block likes to find its dy, so that it need not copy it, or None."""
+        ...
+
     def backward(
-        self, dy_TD: Tensor, x_TD: Tensor, saved: Saved, sink: GradientSink, *, need_dx: bool
+        self,
+        dy_TD: Tensor,
+        x_TD: Tensor,
+        saved: Saved,
+        sink: GradientSink,
+        *,
+        need_dx: bool,
+        room: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor | None:
-        """Returns dx_TD (None only if not needed); puts parameter gradients into `sink` by the parameter's id."""
+        """Returns dx_TD (None only if not needed); puts parameter gradients into `sink` by the parameter's id.
+
+        room: the buffer of `gradient_room` if dy lies in its first columns. out: where dx is to be put.
+        """
         ...
 
 
@@ -91,11 +106,24 @@ class _Run:
             )
         saved, self.saved = self.saved, None
         dx: Tensor | None = dy_TD
+        room: Tensor | None = None
         for i in reversed(range(len(self.blocks))):
             block_input = self._input(i, x_TD, saved)
             saved.pop(self.blocks[i].input_name, None)
+            below = (
+                self.blocks[i - 1].gradient_room(x_TD.shape[0], block_input.dtype) if i else None
+            )
             assert dx is not None
-            dx = self.blocks[i].backward(dx, block_input, saved, sink, need_dx=need_dx or i > 0)
+            dx = self.blocks[i].backward(
+                dx,
+                block_input,
+                saved,
+                sink,
+                need_dx=need_dx or i > 0,
+                room=room,
+                out=None if below is None else below[:, : x_TD.shape[1]],
+            )
+            room = below
         return dx
 
     def _input(self, i: int, x_TD: Tensor, saved: Saved) -> Tensor:

@@ -65,7 +65,7 @@ def effective_tensors(module: nn.Module, prefix: str = "") -> Iterator[Effective
 
 
 def dequantised(parameter: Tensor, name: str) -> Tensor:
-    """The weight as it is computed with: a bitsandbytes 4-bit parameter in its quant state's dtype, others as they are."""
+    """The weight as it is computed with: a bitsandbytes 4-bit one in its quant state's dtype, others as they are."""
     state = getattr(parameter, "quant_state", None)
     if state is None:
         _refuse_unreadable(parameter, name)

@@ -1,4 +1,4 @@
-"""What stands beside the weights: config, generation config and tokenizer, saved by transformers and PEFT themselves."""
+"""What stands beside the weights: config, generation config, tokenizer, as transformers and PEFT save them."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | 
     """
     if "rope_freqs.weight" not in file.tensors:
         return None
-    divisors = [float(divisor) for divisor in file.floats("rope_freqs.weight")]
+    divisors = [float(divisor) for divisor in file.dequantise("rope_freqs.weight")]
     low, high, original, factor = 1.0, 4.0, 8192, max(divisors)
     theta = float(config["rope_parameters"]["rope_theta"])
     expected: list[float] = []

@@ -54,13 +54,24 @@ class GgufFile:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, GgufTensor]
 
-    def floats(self, name: str) -> np.ndarray:
-        """The F32 tensor `name`, flat."""
+    def dequantise(self, name: str) -> np.ndarray:
+        """The tensor `name` in fp32, in its torch shape."""
         import numpy as np
+        from gguf import quants
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
         tensor = self.tensors[name]
-        count = prod(tensor.shape)
-        return np.fromfile(self.path, np.float32, count=count, offset=tensor.offset)
+        kind = GGMLQuantizationType(tensor.kind)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        *rows, columns = tensor.shape
+        stored = np.memmap(
+            self.path,
+            np.uint8,
+            mode="r",
+            offset=tensor.offset,
+            shape=(*rows, columns // block * block_bytes),
+        )
+        return np.array(quants.dequantize(stored, kind), np.float32).reshape(tensor.shape)
 
 
 @lru_cache(maxsize=1)

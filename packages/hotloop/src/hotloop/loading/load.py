@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hotloop_core import FamilySpec, discover, facts_of
+from hotloop_core import FamilySpec, ModelFacts, discover, facts_of
 from hotloop_core.errors import (
     CheckpointError,
     ConfigError,
@@ -15,11 +15,14 @@ from hotloop_core.errors import (
 )
 
 from . import checks
-from .quantize import nf4_config, quantize_, require_bits, settle_
+from .gguf_file import read_gguf
+from .gguf_weights import gguf_state_dict
+from .quantize import nf4_config, require_bits, settle_
 from .source import Hub, Source, fetch, locate
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -117,18 +120,28 @@ def load(
             full_finetuning=full_finetuning,
             placements=placements,
         )
-    if not stored_in_4bit:
-        checks.require_finite(checks.stored_tensors(files), where, source.name)
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        **_weights(source, files, spec, facts, dtype, where, checked=not stored_in_4bit),
+    }
+    if attn is not None:
+        options["attn_implementation"] = attn
+    if bits == 4 and not stored_in_4bit:
+        options["quantization_config"] = nf4_config(dtype)
+    if where.type != "cpu":
+        options["device_map"] = {"": where}
     try:
-        model = _model(
-            source, spec, config, bits, dtype, where, attn, stored_in_4bit, trust_remote_code
-        )
+        model = _model(source.name, options)
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
             f"out of device memory while loading {source.name}. {planned or ''}\nClose what else "
             "uses the card, load "
             f"with bits=4, or choose a smaller model. ({error})"
         ) from error
+    if bits == 4:
+        settle_(model, dtype)
     model.config.use_cache = False
     model.requires_grad_(full_finetuning)
     if source.adapter is not None:
@@ -247,70 +260,45 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> str:
     return spare[0] if spare else tokenizer.eos_token
 
 
-def _model(
+def _weights(
     source: Source,
+    files: list[Path],
     spec: FamilySpec,
-    config: PreTrainedConfig,
-    bits: int,
+    facts: ModelFacts,
     dtype: torch.dtype,
     device: torch.device,
-    attn: str | None,
-    stored_in_4bit: bool,
-    trust_remote_code: bool,
-) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    *,
+    checked: bool,
+) -> dict[str, Any]:
+    """What tells from_pretrained where the weights are; `checked`: NaN and infinity are looked for."""
+    import torch
 
-    options: dict[str, Any] = {
-        "config": config,
-        "dtype": dtype,
-        "output_loading_info": True,
-        "trust_remote_code": trust_remote_code,
-    }
-    if attn is not None:
-        options["attn_implementation"] = attn
-    if source.gguf is not None:
-        options |= _gguf_options(source.gguf)
-    else:
-        # Tensors of another shape are then reported, with the missing and surplus ones, in one
-        # error of ours.
-        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True}
-        if bits == 4 and not stored_in_4bit:
-            options["quantization_config"] = nf4_config(dtype)
-    quantise_later = bits == 4 and source.gguf is not None
-    if device.type != "cpu" and not quantise_later:
-        options["device_map"] = {"": device}
+    if source.gguf is None:
+        if checked:
+            checks.require_finite(checks.stored_tensors(files), device, source.name)
+        # Tensors of another shape are then reported with the missing and surplus ones, by us.
+        return {
+            "pretrained_model_name_or_path": str(source.directory),
+            "use_safetensors": True,
+            "ignore_mismatched_sizes": True,
+        }
+    state = gguf_state_dict(read_gguf(source.directory / source.gguf), spec, facts, dtype)
+    checks.require_finite(state.items(), torch.device("cpu"), source.name)
+    return {"pretrained_model_name_or_path": None, "state_dict": state}
+
+
+def _model(name: str, options: dict[str, Any]) -> PreTrainedModel:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+
+    # The automatic class wants a path, so tensors in memory go to the class that it would choose.
+    in_memory = "state_dict" in options
+    kind = (
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])] if in_memory else AutoModelForCausalLM
+    )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(str(source.directory), **options)
+        model, info = kind.from_pretrained(**options, output_loading_info=True)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"transformers cannot load {source.name}: {error}") from error
-    checks.require_complete(info, source.name)
-    if source.gguf is not None:
-        checks.require_finite(model.named_parameters(), device, source.name)
-        _forget_gguf(model)
-    if quantise_later:
-        quantize_(model, spec.layers, dtype, device)
-    if bits == 4:
-        settle_(model, dtype)
-    model.config.name_or_path = model.name_or_path = source.name
+        raise CheckpointError(f"transformers cannot load {name}: {error}") from error
+    checks.require_complete(info, name)
+    model.config.name_or_path = model.name_or_path = name
     return model
-
-
-def _gguf_options(file: str) -> dict[str, Any]:
-    """Where transformers can keep a GGUF's blocks packed (5.23), tells it to unpack them."""
-    import transformers
-
-    options: dict[str, Any] = {"gguf_file": file}
-    if hasattr(transformers, "GgufConfig"):
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    return options
-
-
-def _forget_gguf(model: PreTrainedModel) -> None:
-    """Drops the marks of a GGUF, for which save_pretrained would refuse the plain weights."""
-    for owner, names in (
-        (model.config, ("quantization_config",)),
-        (model, ("hf_quantizer", "quantization_method", "is_quantized")),
-    ):
-        for name in names:
-            if name in vars(owner):
-                delattr(owner, name)

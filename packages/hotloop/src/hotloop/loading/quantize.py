@@ -1,6 +1,4 @@
-"""NF4 by bitsandbytes: the configuration of a load, and quantising a model that is already in
-memory.
-"""
+"""NF4 by bitsandbytes: what a load asks for, accepts, and makes sure of."""
 
 from __future__ import annotations
 
@@ -68,45 +66,3 @@ def settle_(model: PreTrainedModel, dtype: torch.dtype) -> None:
             module.compute_dtype = dtype
             module.compute_type_is_set = True
             module.support_avx512bf16_for_cpu = False
-
-
-def quantize_(
-    model: PreTrainedModel, layers: str, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Replaces each linear layer under the path `layers` by its NF4 form, in place, one weight at a
-    time.
-
-    As a load with `nf4_config` would have made it: the config says so, and save_pretrained writes
-    it.
-    """
-    import torch
-    from bitsandbytes.nn import Linear4bit, Params4bit
-    from transformers.quantizers import AutoHfQuantizer
-
-    config = nf4_config(dtype)
-    blocks = model.get_submodule(layers)
-    names = [n for n, module in blocks.named_modules() if type(module) is torch.nn.Linear]
-    for name in names:
-        linear = blocks.get_submodule(name)
-        with torch.device("meta"):
-            four_bit = Linear4bit(
-                linear.in_features,
-                linear.out_features,
-                linear.bias is not None,
-                compute_dtype=dtype,
-                compress_statistics=True,
-                quant_type="nf4",
-            )
-        weight = Params4bit(
-            linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True
-        )
-        four_bit.weight = weight.to(device)
-        four_bit.weight.module = four_bit
-        if linear.bias is not None:
-            four_bit.bias = torch.nn.Parameter(linear.bias.data.to(device), requires_grad=False)
-        blocks.set_submodule(name, four_bit.train(linear.training))
-    model.to(device)
-    model.config.quantization_config = config
-    model.hf_quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
-    model.quantization_method = config.quant_method
-    model.is_quantized = model.is_loaded_in_4bit = True

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._select import CUDA, EVERYWHERE, register
 from .group import GradientSink, LinearGroup, matmul_to
 from .views import LinearView, Lora
 
 __all__ = ["GradientSink", "LinearGroup", "LinearView", "Lora", "lora_linear", "matmul_to"]
+
+register("lora_linear", "triton", partial(import_module, f"{__name__}.kernel"), CUDA)
+register("lora_linear", "reference", partial(import_module, f"{__name__}.reference"), EVERYWHERE)
 
 
 def lora_linear(x: Tensor, views: Sequence[LinearView]) -> Tensor:

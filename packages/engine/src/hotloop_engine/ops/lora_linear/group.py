@@ -90,9 +90,7 @@ class LinearGroup:
                 implementation("nf4", self.device).forward(view.weight, out=target)
             else:
                 target.copy_(view.weight)
-        if self.columns:
-            e[: self.n, self.k :] = self._b_block()
-            e[self.n :, : self.k] = self._a_rows()
+        self._fill(e[: self.n, self.k :], e[self.n :, : self.k])
         return e
 
     def wide(self, tokens: int, *, backward: bool = False) -> Tensor:
@@ -116,9 +114,9 @@ class LinearGroup:
         x: [T, K], or `wide` with x in its first K columns (the rest is overwritten). out: [T, N], any row stride.
         """
         x_TK = x[:, : self.k]
-        t_TC = self._adapter_input(
-            x_TK, e, seeds, out=x[:, self.k :] if x.shape[1] > self.k else None
-        )
+        b_NC, a_CK = self._adapters(e)
+        room = x[:, self.k :] if x.shape[1] > self.k else None
+        t_TC = self._adapter_input(x_TK, a_CK, e, seeds, out=room)
         y = self._output(x, residual) if out is None else out
         if e is not None and x.shape[1] > self.k:
             _gemm(x, e[: self.n].T, y, residual, alpha)
@@ -128,7 +126,6 @@ class LinearGroup:
         else:
             self._in_place(x_TK, y, residual, alpha)
         if t_TC is not None:
-            b_NC = self._b_block() if e is None else e[: self.n, self.k :]
             _gemm(t_TC, b_NC.T, y, y, alpha)
         return y, t_TC[:, : self.rank] if t_TC is not None and self.rank else None
 
@@ -161,7 +158,8 @@ class LinearGroup:
         """
         dy_TN = dy[:, : self.n]
         rides = e is not None and dy.shape[1] > self.n
-        dt_TC = self._adapter_gradient(dy, e)
+        b_NC, a_CK = self._adapters(e)
+        dt_TC = self._adapter_gradient(dy, b_NC)
         if not need_dx:
             return dt_TC, None
         dx = torch.empty(dy.shape[0], self.k, dtype=self.dtype, device=self.device)
@@ -174,7 +172,7 @@ class LinearGroup:
                 assert isinstance(view.weight, Tensor)
                 _gemm(dy_TN[:, rows], view.weight, dx, dx if i else None, 1.0)
         if dt_TC is not None and not rides:
-            dx.addmm_(dt_TC, self._a_rows() if e is None else e[self.n :, : self.k])
+            dx.addmm_(dt_TC, a_CK)
         if self.drops:
             self._add_dropped(dx, dt_TC, seeds)
         return dt_TC, dx
@@ -228,12 +226,16 @@ class LinearGroup:
                 target.add_(view.bias, alpha=alpha)
 
     def _adapter_input(
-        self, x_TK: Tensor, e: Tensor | None, seeds: Sequence[int], out: Tensor | None
+        self,
+        x_TK: Tensor,
+        a_CK: Tensor,
+        e: Tensor | None,
+        seeds: Sequence[int],
+        out: Tensor | None,
     ) -> Tensor | None:
         """t_TC = x (sA)^T, a one in the bias column of E, zeros in the padding."""
         if not self.columns or (e is None and not self.rank):
             return None
-        a_CK = self._a_rows() if e is None else e[self.n :, : self.k]
         t_TC = (
             torch.empty(x_TK.shape[0], self.columns, dtype=self.dtype, device=self.device)
             if out is None or not out.shape[1]
@@ -248,13 +250,12 @@ class LinearGroup:
             t_TC[:, self.rank] = 1.0
         return t_TC
 
-    def _adapter_gradient(self, dy: Tensor, e: Tensor | None) -> Tensor | None:
+    def _adapter_gradient(self, dy: Tensor, b_NC: Tensor) -> Tensor | None:
         """dt_TC = dy B, written behind dy where it has room."""
         if not self.rank:
             if dy.shape[1] > self.n:
                 dy[:, self.n :].zero_()
             return None
-        b_NC = self._b_block() if e is None else e[: self.n, self.k :]
         dt_TC = dy[:, self.n :] if dy.shape[1] > self.n else dy.new_empty(dy.shape[0], self.columns)
         return torch.mm(dy[:, : self.n], b_NC, out=dt_TC)
 
@@ -300,23 +301,20 @@ class LinearGroup:
                 back = torch.mm(dt_TC[:, ranks], self._scaled_a(view))
                 dx += dropout(back, view.lora.dropout, seeds[i])
 
-    def _b_block(self) -> Tensor:
-        """[N, C]: each B on its own rows and columns, the biases in the column behind them, zeros elsewhere."""
-        block = torch.zeros(self.n, self.columns, dtype=self.dtype, device=self.device)
-        for view, rows, ranks in zip(self.views, self.rows, self.ranks, strict=True):
-            if view.lora is not None:
-                block[rows, ranks] = view.lora.b_NR.to(self.dtype)
-            if view.bias is not None:
-                block[rows, self.rank] = view.bias.to(self.dtype)
-        return block
+    def _adapters(self, e: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B of the whole group [N, C], s·A of the whole group [C, K]): the edges of E, or memory of their own."""
+        if e is not None:
+            return e[: self.n, self.k :], e[self.n :, : self.k]
+        b_NC = torch.empty(self.n, self.columns, dtype=self.dtype, device=self.device)
+        a_CK = torch.empty(self.columns, self.k, dtype=self.dtype, device=self.device)
+        self._fill(b_NC, a_CK)
+        return b_NC, a_CK
 
-    def _a_rows(self) -> Tensor:
-        """[C, K]: s·A of each projection; zero rows for the bias, the padding and projections with dropout."""
-        rows = torch.zeros(self.columns, self.k, dtype=self.dtype, device=self.device)
-        for view, ranks in zip(self.views, self.ranks, strict=True):
-            if view.lora is not None and view.lora.dropout == 0:
-                rows[ranks] = self._scaled_a(view)
-        return rows
+    def _fill(self, b_NC: Tensor, a_CK: Tensor) -> None:
+        if self.columns:
+            implementation("lora_linear", self.device).fill_columns(
+                self.views, self.rows, self.ranks, b_NC, a_CK, bias_column=self.rank
+            )
 
     def _scaled_a(self, view: LinearView) -> Tensor:
         """s·A, multiplied in A's own precision and rounded once."""

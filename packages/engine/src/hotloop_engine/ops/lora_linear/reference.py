@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from hotloop_core.kernels import FourBitWeight
 from torch import Tensor
@@ -32,3 +34,29 @@ def dense_weight(weight: Tensor | FourBitWeight, dtype: torch.dtype) -> Tensor:
 
 def _cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.to(like.dtype)
+
+
+def fill_columns(
+    views: Sequence[LinearView],
+    rows: Sequence[slice],
+    ranks: Sequence[slice],
+    b_NC: Tensor,
+    a_CK: Tensor,
+    *,
+    bias_column: int,
+) -> None:
+    """Writes what rides beside the base weights, every element of both buffers.
+
+    b_NC: each view's B on its own rows and columns, the biases in `bias_column`, zeros elsewhere.
+    a_CK: s·A of each view on its own rows, multiplied in A's precision and rounded once; zeros for the bias, the
+    padding and adapters with dropout, whose input is not x.
+    """
+    b_NC.zero_()
+    a_CK.zero_()
+    for view, n, r in zip(views, rows, ranks, strict=True):
+        if view.lora is not None:
+            b_NC[n, r] = view.lora.b_NR.detach().to(b_NC.dtype)
+            if view.lora.dropout == 0:
+                a_CK[r] = (view.lora.a_RK.detach() * view.lora.scale).to(a_CK.dtype)
+        if view.bias is not None:
+            b_NC[n, bias_column] = view.bias.detach().to(b_NC.dtype)

@@ -1,0 +1,111 @@
+"""The weights of a GGUF file under transformers' names, as the family's description maps them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hotloop_core.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+    from hotloop_core import FamilySpec, ModelFacts
+    from torch import Tensor
+
+    from .gguf_file import GgufFile
+
+_NAMES = {
+    "embedding": "token_embd",
+    "final_norm": "output_norm",
+    "head": "output",
+    "before_attention": "blk.{layer}.attn_norm",
+    "after_attention": "blk.{layer}.post_attention_norm",
+    "before_mlp": "blk.{layer}.ffn_norm",
+    "after_mlp": "blk.{layer}.post_ffw_norm",
+    "q": "blk.{layer}.attn_q",
+    "k": "blk.{layer}.attn_k",
+    "v": "blk.{layer}.attn_v",
+    "o": "blk.{layer}.attn_output",
+    "q_norm": "blk.{layer}.attn_q_norm",
+    "k_norm": "blk.{layer}.attn_k_norm",
+    "gate": "blk.{layer}.ffn_gate",
+    "up": "blk.{layer}.ffn_up",
+    "down": "blk.{layer}.ffn_down",
+}
+"""Role -> the format's own name for it; a family's `ExportFacts.names` go before."""
+
+_INVERSES: dict[str, Callable[[Tensor, ModelFacts], Tensor]] = {
+    "rope_interleave_q": lambda tensor, facts: _halves(tensor, facts.heads),
+    "rope_interleave_k": lambda tensor, facts: _halves(tensor, facts.kv_heads),
+    "add_one": lambda tensor, _: tensor - 1.0,
+}
+"""What undoes a transform that a family's `ExportFacts.transforms` name."""
+
+_NOT_WEIGHTS = frozenset({"rope_freqs.weight"})
+"""Tensors that the config holds."""
+
+
+def gguf_state_dict(
+    file: GgufFile, spec: FamilySpec, facts: ModelFacts, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Every tensor of the file, dequantised to `dtype` on the host, by state-dict key.
+
+    A tensor that the family has no place for keeps its own name, so that it is reported as surplus.
+
+    Raises:
+        UnsupportedError: the family does not say how it is kept in a GGUF file.
+
+    """
+    import torch
+
+    exported = spec.exports.get("gguf")
+    if exported is None:
+        raise UnsupportedError(
+            f"family {spec.name!r} does not say how it is kept in a GGUF file "
+            "(FamilySpec.exports); load the model's original folder"
+        )
+    places: dict[str, tuple[str, str | None]] = {}
+    for role, layer, path in _paths(spec, facts):
+        name = exported.names.get(role, _NAMES.get(role))
+        if name is None:
+            continue
+        for part in ("weight", "bias"):
+            key = f"{name.format(layer=layer)}.{part}"
+            places[key] = (f"{path}.{part}", exported.transforms.get(role))
+    state: dict[str, Tensor] = {}
+    for name in file.tensors:
+        if name in _NOT_WEIGHTS:
+            continue
+        tensor = torch.from_numpy(file.dequantise(name))
+        key, transform = places.get(name, (name, None))
+        if transform is not None:
+            if transform not in _INVERSES:
+                raise UnsupportedError(
+                    f"family {spec.name!r}: the transform {transform!r} of {name} cannot be undone "
+                    f"here; known are {', '.join(_INVERSES)}"
+                )
+            tensor = _INVERSES[transform](tensor, facts)
+        state[key] = tensor.to(dtype)
+    return state
+
+
+def _paths(spec: FamilySpec, facts: ModelFacts) -> Iterator[tuple[str, int | None, str]]:
+    """(role, layer, module path) of everything that a description names."""
+    yield "embedding", None, spec.embedding
+    yield "final_norm", None, spec.final_norm
+    yield "head", None, spec.head
+    for index in range(facts.layers):
+        layer = spec.layer_spec(facts.config, index)
+        for part in (layer.norms, layer.attention, layer.mlp):
+            for role in _NAMES.keys() & vars(part).keys():
+                path = getattr(part, role)
+                if isinstance(path, str):
+                    yield role, index, f"{spec.layers}.{index}.{path}"
+
+
+def _halves(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of each head from even/odd pairs to two halves; [heads * head_dim, ...]."""
+    size = tensor.shape[0] // heads // 2
+    pairs = tensor.reshape(heads, size, 2, *tensor.shape[1:])
+    return pairs.transpose(1, 2).reshape(tensor.shape)
