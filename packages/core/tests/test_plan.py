@@ -19,22 +19,43 @@ def test_a_tensor_that_is_not_named_is_kept():
     assert layer.placement("gate_up") is Placement.KEEP
 
 
-def test_recompute_all_names_every_tensor_that_can_be_recomputed():
-    config = {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 100,
-        "hidden_act": "silu",
-    }
-    tensors = saved_tensors(facts_of(discover().match(config), config))
-    assert RECOMPUTE_ALL.placements.keys() == {t.name for t in tensors if t.can_recompute}
+CONFIG = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 100,
+}
+
+
+def tensors_of(model_type, **changes):
+    config = {"model_type": model_type, **CONFIG, **changes}
+    return saved_tensors(facts_of(discover().match(config), config))
+
+
+def test_saved_tensors_of_a_dense_layer():
+    tensors = tensors_of("llama", hidden_act="silu")
     sizes = {t.name: t.elements for t in tensors}
     assert sizes == {"x": 64, "qkv": 128, "attention": 64, "x_mid": 64, "gate_up": 192}
     assert {t.name: t.flops for t in tensors}["gate_up"] == 2 * 64 * 192
+
+
+def test_norms_behind_the_blocks_need_what_they_normed():
+    tensors = {t.name: t for t in tensors_of("gemma2")}
+    assert list(tensors) == [
+        "x", "qkv", "attention", "attention_out", "x_mid", "gate_up", "mlp_out"
+    ]  # fmt: skip
+    assert (tensors["attention_out"].elements, tensors["attention_out"].flops) == (64, 2 * 64 * 64)
+    assert (tensors["x_mid"].elements, tensors["x_mid"].flops) == (64, 0)
+    assert (tensors["mlp_out"].elements, tensors["mlp_out"].flops) == (64, 2 * 64 * 96)
+
+
+def test_recompute_all_names_every_tensor_that_can_be_recomputed():
+    for tensors in (tensors_of("llama", hidden_act="silu"), tensors_of("gemma2")):
+        assert {t.name for t in tensors if t.can_recompute} <= RECOMPUTE_ALL.placements.keys()
+    assert "x" not in RECOMPUTE_ALL.placements
 
 
 def test_the_peak_is_the_sum_of_its_parts():
@@ -43,7 +64,7 @@ def test_the_peak_is_the_sum_of_its_parts():
 
 def test_a_plan_prints_layers_in_groups_memory_and_time():
     text = str(made(budget=4 * GIB, step_ms={"GEMMs": 60.0, "attention": 40.0}, card="H100"))
-    assert "layers 0 to 1: recompute qkv attention x_mid gate_up" in text
+    assert "layers 0 to 1: recompute everything" in text
     assert "layer 2: keep everything" in text
     assert "3.50 GiB of 4.00 GiB" in text
     assert "100.0 ms on H100, 20,480 tokens/s" in text
@@ -53,7 +74,7 @@ def test_a_plan_prints_layers_in_groups_memory_and_time():
 def test_a_plan_without_a_prediction_prints_its_layers_alone():
     text = str(made(memory={}, notes=("a note",)))
     assert text.splitlines()[1:] == [
-        "  layers 0 to 1: recompute qkv attention x_mid gate_up",
+        "  layers 0 to 1: recompute everything",
         "  layer 2: keep everything",
         "  a note",
     ]

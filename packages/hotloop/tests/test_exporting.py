@@ -184,6 +184,27 @@ def test_export_never_changes_the_live_model(tmp_path: Path) -> None:
     assert model.config.to_dict() == config
 
 
+def test_wiring_makes_no_difference_to_what_is_written(tmp_path: Path) -> None:
+    from hotloop.wiring import wire
+
+    model = adapted(tiny(hidden_size=64))
+    plain = export(model, None, tmp_path / "plain", format="safetensors")
+    receipt = wire(model)
+    wired = export(model, None, tmp_path / "wired", format="safetensors")
+    receipt.undo()
+    assert [(f.path.name, f.sha256) for f in wired.files] == [
+        (f.path.name, f.sha256) for f in plain.files
+    ]
+
+
+def test_a_base_quantised_otherwise_is_refused_but_its_adapter_exported(tmp_path: Path) -> None:
+    model = adapted(tiny())
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(UnsupportedError, match=r"'gptq'.*quant='adapter'"):
+        export(model, None, tmp_path, format="safetensors")
+    assert export(model, None, tmp_path, format="safetensors", quant="adapter").tensors == 28
+
+
 def test_shards_have_an_index_and_replace_an_older_single_file(tmp_path: Path) -> None:
     model = tiny()
     exported(model, tmp_path)

@@ -76,7 +76,7 @@ class ExportRequest:
     overwrite: bool = False
     max_shard_bytes: int = 5 * 10**9
     progress: Callable[[int, int, str], None] | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class ExportReport:
     quants: tuple[str, ...]
     files: tuple[ExportedFile, ...]
     tensors: int
-    dropped: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict[str, str])
     notes: tuple[str, ...] = ()
 
     @property
@@ -126,7 +126,7 @@ class ExporterSpec:
     target: str
     summary: str
     quants: Mapping[str, str]
-    aliases: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict[str, str])
     adapter_quants: frozenset[str] = frozenset()
 
     def resolve(self, quant: str) -> str:

@@ -27,7 +27,8 @@ class ModelFacts:
 
     rope: the config's rope parameters, normalised: always `rope_type` and `rope_theta`; per layer type where the config
     keeps them so (Gemma 3). logit_divisor divides the logits before the loss, residual_scale multiplies each block's
-    output before it is added (both 1 but for Granite). config is the mapping that all this was read from.
+    output before it is added (both 1 but for Granite). post_norms: a block's output goes through a norm before it is
+    added (Gemma 2). config: what all this was read from, the family's defaults filled in.
     """
 
     family: str
@@ -47,6 +48,7 @@ class ModelFacts:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    post_norms: bool
     attention_scale: float
     attention_softcap: float | None
     attention_dropout: float
@@ -76,6 +78,21 @@ class ModelFacts:
         }
 
     @property
+    def window(self) -> int | None:
+        """The sliding window, in tokens, of the layers that have one; None where none has."""
+        return next((window for window in self.windows if window is not None), None)
+
+    @property
+    def windowed(self) -> list[bool]:
+        """For each layer, whether it has the sliding window."""
+        return [window is not None for window in self.windows]
+
+    @property
+    def window_rope_theta(self) -> float:
+        """The rope base of the layers with a sliding window; Gemma 3 gives them one of their own."""
+        return float(self.rope.get("sliding_attention", self.rope)["rope_theta"])
+
+    @property
     def layer_parameters(self) -> int:
         """Weights of one layer's projections."""
         return sum(n * k for n, k in self.linear_shapes().values())
@@ -86,10 +103,17 @@ def facts_of(family: FamilySpec, config: Config) -> ModelFacts:
 
     Raises:
         ConfigError: a size is missing, not a positive integer, or sizes contradict each other.
-        UnsupportedError: the activation is none that the engine has.
+        UnsupportedError: the activation, or a layer's kind of attention, is none that the engine has.
 
     """
-    keys, layer = family.keys, family.layer_spec(config, 0)
+    keys = family.keys
+    config = {**keys.defaults, **config}
+    layer = family.layer_spec(config, 0)
+    if keys.bidirectional is not None and config.get(keys.bidirectional):
+        raise UnsupportedError(
+            f"config.json: {keys.bidirectional!r} is {config[keys.bidirectional]!r}: this model attends in both "
+            "directions, the engine's layers only to what came before. Train it without wiring it."
+        )
     hidden = _size(config, keys.hidden_size, family)
     heads = _size(config, keys.heads, family)
     layers = _size(config, keys.layers, family)
@@ -117,13 +141,14 @@ def facts_of(family: FamilySpec, config: Config) -> ModelFacts:
         head_dim=head_dim,
         vocab_size=_size(config, keys.vocab_size, family),
         norm_eps=float(config.get(keys.norm_eps, 1e-6)),
-        activation=_activation(config, keys.activation),
+        activation=_activation(config, family),
         max_positions=_size(config, keys.max_positions, family, default=2048),
         tied=bool(config.get(keys.tied, False)),
         qkv_bias=isinstance(attention, Attention) and _flag(config, attention.qkv_bias),
         o_bias=isinstance(attention, Attention) and _flag(config, attention.o_bias),
         mlp_bias=isinstance(mlp, Glu) and _flag(config, mlp.bias),
         qk_norm=isinstance(attention, Attention) and attention.q_norm is not None,
+        post_norms=layer.norms.after_attention is not None or layer.norms.after_mlp is not None,
         attention_scale=_attention_scale(config, family, head_dim),
         attention_softcap=_number(config, keys.attention_softcap),
         attention_dropout=_number(config, keys.attention_dropout) or 0.0,
@@ -157,14 +182,15 @@ def _flag(config: Config, value: bool | str) -> bool:
     return bool(config.get(value, False)) if isinstance(value, str) else value
 
 
-def _activation(config: Config, key: str) -> Activation:
-    name = config.get(key)
-    if not isinstance(name, str) or name not in _ACTIVATIONS:
+def _activation(config: Config, family: FamilySpec) -> Activation:
+    key = family.keys.activation
+    name, known = config.get(key), {**_ACTIVATIONS, **family.keys.activations}
+    if not isinstance(name, str) or name not in known:
         raise UnsupportedError(
-            f"config.json: {key!r} is {name!r}; the engine has {', '.join(sorted(_ACTIVATIONS))}. "
+            f"config.json: {key!r} is {name!r}; the engine has {', '.join(sorted(known))}. "
             "Train this model without wiring it, or bring a block of your own (docs/write-a-family.md)."
         )
-    return _ACTIVATIONS[name]
+    return known[name]
 
 
 def _attention_scale(config: Config, family: FamilySpec, head_dim: int) -> float:
@@ -176,13 +202,44 @@ def _attention_scale(config: Config, family: FamilySpec, head_dim: int) -> float
 
 def _windows(config: Config, family: FamilySpec, layers: int) -> tuple[int | None, ...]:
     keys = family.keys
-    window = None if keys.window is None else config.get(keys.window)
-    if window is None or (keys.use_window is not None and not config.get(keys.use_window, False)):
+    switched_off = keys.use_window is not None and not config.get(keys.use_window, False)
+    if keys.window is None or config.get(keys.window) is None or switched_off:
         return (None,) * layers
-    kinds = config.get("layer_types")
+    window = _size(config, keys.window, family)
+    kinds = None if keys.layer_types is None else config.get(keys.layer_types)
     if kinds is None:
-        return (int(window),) * layers
-    return tuple(int(window) if kind == "sliding_attention" else None for kind in kinds[:layers])
+        kinds = _layer_types(config, family, layers)
+    if len(kinds) < layers:
+        raise ConfigError(
+            f"config.json: {keys.layer_types!r} names {len(kinds)} layers, {keys.layers!r} says {layers}; "
+            "expected one entry for each layer."
+        )
+    unknown = set(kinds) - _WINDOWED.keys()
+    if unknown:
+        raise UnsupportedError(
+            f"config.json: {keys.layer_types!r} has {', '.join(sorted(map(repr, unknown)))}; the engine has "
+            f"{', '.join(_WINDOWED)}. Train this model without wiring it."
+        )
+    return tuple(window if _WINDOWED[kind] else None for kind in kinds[:layers])
+
+
+_WINDOWED = {"sliding_attention": True, "full_attention": False}
+
+
+def _layer_types(config: Config, family: FamilySpec, layers: int) -> list[str]:
+    """What `layer_types` would say, for a config from before there was such a list."""
+    keys = family.keys
+    pattern, start = keys.window_pattern, 0
+    if isinstance(pattern, str):
+        pattern = _size(config, pattern, family)
+    if keys.window_start is not None:
+        start = int(config.get(keys.window_start) or 0)
+    return [
+        "full_attention"
+        if i < start or (pattern is not None and (i + 1) % pattern == 0)
+        else "sliding_attention"
+        for i in range(layers)
+    ]
 
 
 def _rope(config: Config) -> Mapping[str, Any]:

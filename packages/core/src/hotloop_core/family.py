@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from .facts import ModelFacts
+    from .kernels import Activation
 
 API = 1
 """The version of the types in this module and in `exporter`, `hooks`. Core accepts this one and the one before."""
@@ -121,8 +125,13 @@ class ConfigKeys:
 
     query_scale: attention scale is value ** -0.5 (Gemma's query_pre_attn_scalar); else head_dim ** -0.5.
     attention_scale: the attention scale itself (Granite's attention_multiplier).
-    window: the sliding window; it holds for every layer whose `layer_types` entry says so, or for all where the config
-    has no such list. use_window: a switch that must be true for the window to count (Qwen 2).
+    bidirectional: a switch that makes attention see both ways, which the engine's layers do not do.
+    window: the sliding window, in tokens. use_window: a switch that must be true for it to count (Qwen 2).
+    layer_types: the list that says which layers have the window. Where a config has no such list, all have it but
+    every n-th, n being `window_pattern` (a number, or the key that holds it; Gemma), and but those before the layer
+    that `window_start` names (Qwen 2).
+    activations: names that mean another function here than elsewhere (Gemma's "gelu" is the tanh form).
+    defaults: what a key is where a config lacks it; one that is there with the value null keeps that value.
     """
 
     hidden_size: str = "hidden_size"
@@ -143,8 +152,14 @@ class ConfigKeys:
     logit_softcap: str | None = None
     logit_divisor: str | None = None
     residual_scale: str | None = None
+    bidirectional: str | None = None
     window: str | None = None
     use_window: str | None = None
+    layer_types: str | None = "layer_types"
+    window_pattern: str | int | None = None
+    window_start: str | None = None
+    activations: Mapping[str, Activation] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +168,17 @@ class ExportFacts:
 
     architecture: the format's name for it. names: role -> tensor name, `{layer}` standing for the index; only where it
     differs from the exporter's table. transforms: role -> name of a transform that the exporter documents.
-    metadata: key of the format -> name of a field of `ModelFacts`, or a literal that is not a string.
+    metadata: key of the format -> name of a field of `ModelFacts`, "config.KEY" for a key of the config, or a literal
+    that is not a string.
+    implied: field of `ModelFacts` -> the value that readers of the format take for it, since it has no key for it; a
+    model where it is another cannot be written.
     """
 
     architecture: str
     names: Mapping[str, str] = field(default_factory=dict)
     transforms: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    implied: Mapping[str, Callable[[ModelFacts], Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from .errors import ExportError, OutputExistsError, SecurityError
 from .exporter import ExportedFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator, Iterable
     from pathlib import Path
 
 _PARTIAL = ".partial"
@@ -86,7 +86,7 @@ class Outputs:
             raise
 
     @contextmanager
-    def open(self, name: str) -> Iterator[HashingFile]:
+    def open(self, name: str) -> Generator[HashingFile]:
         """A new file `name`.
 
         Raises:
@@ -182,7 +182,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 @contextmanager
-def _reported(path: Path) -> Iterator[None]:
+def _reported(path: Path) -> Generator[None]:
     """Only around our own writing, so that a fault in reading a source is never called a full disk."""
     try:
         yield

@@ -55,12 +55,18 @@ def saved_tensors(facts: ModelFacts) -> tuple[SavedTensor, ...]:
     shapes = facts.linear_shapes()
     d, i = facts.hidden_size, facts.intermediate_size
     q, kv = shapes["q"][0], shapes["k"][0]
+    o, down = 2 * q * d, 2 * d * i
+    # A norm behind a block needs what it normed; then x_mid is that, normed and added: no GEMM of its own.
+    attention_out = (SavedTensor(name="attention_out", elements=d, flops=o),)
+    mlp_out = (SavedTensor(name="mlp_out", elements=d, flops=down),)
     return (
         SavedTensor(name="x", elements=d, can_recompute=False),
         SavedTensor(name="qkv", elements=q + 2 * kv, flops=2 * d * (q + 2 * kv)),
         SavedTensor(name="attention", elements=q, extra_bytes=4 * facts.heads),
-        SavedTensor(name="x_mid", elements=d, flops=2 * q * d),
+        *(attention_out if facts.post_norms else ()),
+        SavedTensor(name="x_mid", elements=d, flops=0 if facts.post_norms else o),
         SavedTensor(name="gate_up", elements=2 * i, flops=4 * d * i),
+        *(mlp_out if facts.post_norms else ()),
     )
 
 
@@ -83,7 +89,7 @@ class LayerPlan:
             by_placement.setdefault(placement, []).append(name)
         kept = not (by_placement.keys() - {Placement.KEEP})
         parts = [
-            f"{placement} {' '.join(names)}"
+            f"{placement} {'everything' if names == list(_RECOMPUTABLE) else ' '.join(names)}"
             for placement, names in by_placement.items()
             if placement is not Placement.KEEP
         ]
@@ -92,10 +98,10 @@ class LayerPlan:
         )
 
 
+_RECOMPUTABLE = ("qkv", "attention", "attention_out", "x_mid", "gate_up", "mlp_out")
 KEEP_ALL = LayerPlan()
-RECOMPUTE_ALL = LayerPlan(
-    placements={name: Placement.RECOMPUTE for name in ("qkv", "attention", "x_mid", "gate_up")}
-)
+RECOMPUTE_ALL = LayerPlan(placements=dict.fromkeys(_RECOMPUTABLE, Placement.RECOMPUTE))
+"""Of every kind of layer: a name that a layer does not have changes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,7 +78,13 @@ def recipe(model_dir: Path, tmp_path: Path) -> Recipe:
             "model": {"name": str(model_dir), "bits": 16, "max_seq_len": 256},
             "data": {"path": str(tmp_path / "rows.jsonl"), "held_out": 0.1},
             "lora": {"r": 4, "alpha": 8, "dropout": 0.1},
-            "schedule": {"steps": 12, "learning_rate": 1e-2, "save_every": 5, "eval_every": 5, "warmup": 2},
+            "schedule": {
+                "steps": 12,
+                "learning_rate": 1e-2,
+                "save_every": 5,
+                "eval_every": 5,
+                "warmup": 2,
+            },
             "output": {"directory": str(tmp_path / "run")},
         }
     )

@@ -14,8 +14,10 @@ from hotloop_core.errors import BrokenPluginError, ConfigError, ExportError, Uns
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from hotloop_core import ExporterSpec, FamilySpec, Registry
+    from hotloop_core import ExporterSpec, FamilySpec, ModelFacts, Registry
     from hotloop_core.exporter import Contents
+
+    from .stream import Tensors
 
 __all__ = ["export"]
 
@@ -65,15 +67,33 @@ def export(
     quants = _quants(exporter, quant)
     contents: Contents = "adapter" if quants[0] in exporter.adapter_quants else "merged"
     base = _base_model(model)
-    chosen = registry.match(base.config.to_dict(), family=family)
-    target = _directory(Path(directory))
+    spec = registry.match(base.config.to_dict(), family=family)
     write = _writer(exporter)
+    target = _directory(Path(directory))
+    template = getattr(tokenizer, "chat_template", None)
     with tempfile.TemporaryDirectory(prefix="hotloop-export-") as temporary:
-        request = _request(
-            model, base, tokenizer, chosen, Path(temporary), contents, quants, target, name
+        source = Path(temporary)
+        tensors, facts = _prepare(model, base, spec, contents, source)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(source)
+        return write(
+            ExportRequest(
+                family=spec,
+                facts=facts,
+                tensors=tensors,
+                directory=target,
+                source=source,
+                name=_name(name or str(base.config.name_or_path or ""), target),
+                quants=quants,
+                contents=contents,
+                tokenize=None if tokenizer is None else _tokenize(tokenizer),
+                chat_template=template if isinstance(template, str) else None,
+                overwrite=overwrite,
+                max_shard_bytes=max_shard_bytes,
+                progress=progress,
+                metadata=dict(metadata or {}),
+            )
         )
-        request = _with_options(request, overwrite, max_shard_bytes, progress, metadata)
-        return write(request)
 
 
 def _quants(exporter: ExporterSpec, quant: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -95,7 +115,7 @@ def _base_model(model: Any) -> Any:
     from transformers import PreTrainedModel
 
     if isinstance(model, PeftModel):
-        config = model.peft_config[model.active_adapter] if model.peft_config else None
+        config = next(iter(model.peft_config.values()), None)
         if config is not None and config.is_prompt_learning:
             raise UnsupportedError(
                 f"{config.peft_type} adds virtual tokens, which no weight holds; export the adapter with PEFT"
@@ -106,17 +126,20 @@ def _base_model(model: Any) -> Any:
             f"cannot export a {type(model).__name__}; expected a transformers model or a PEFT model over one. "
             "Unwrap it first (accelerator.unwrap_model(model))."
         )
-    quantization = getattr(model.config, "quantization_config", None)
+    return model
+
+
+def _refuse_foreign_quantisation(base: Any) -> None:
+    quantization = getattr(base.config, "quantization_config", None)
     method = getattr(quantization, "quant_method", None)
     if isinstance(quantization, dict):
         method = quantization.get("quant_method")
     method = getattr(method, "value", method)
     if method not in (None, "bitsandbytes", "gguf"):
         raise UnsupportedError(
-            f"the base is quantised with {method!r}; exported are 16-bit and bitsandbytes 4-bit models. "
+            f"the base is quantised with {method!r}; merged are 16-bit and bitsandbytes 4-bit models. "
             "Export the adapter alone (format='safetensors', quant='adapter')."
         )
-    return model
 
 
 def _directory(directory: Path) -> Path:
@@ -140,62 +163,23 @@ def _writer(exporter: ExporterSpec) -> Callable[[ExportRequest], ExportReport]:
         ) from error
 
 
-def _request(
-    model: Any,
-    base: Any,
-    tokenizer: Any,
-    family: FamilySpec,
-    source: Path,
-    contents: Contents,
-    quants: tuple[str, ...],
-    directory: Path,
-    name: str | None,
-) -> ExportRequest:
+def _prepare(
+    model: Any, base: Any, family: FamilySpec, contents: Contents, source: Path
+) -> tuple[Tensors, ModelFacts]:
+    """Saves what stands beside the weights into `source`; gives the weights, and the facts of what is exported."""
     from .places import Places
-    from .source import read_config, save_adapter, save_config, save_tokenizer
+    from .sidecar import save_adapter, save_config
     from .stream import adapter_tensors, merged_tensors
 
     config: dict[str, Any] = base.config.to_dict()
-    places = Places(family, config, facts_of(family, config).layers)
+    facts = facts_of(family, config)
+    places = Places(family, config, facts.layers)
     if contents == "adapter":
-        tensors = adapter_tensors(save_adapter(model, source), places)
-    else:
-        tensors, tied = merged_tensors(base, places, tied=bool(config.get(family.keys.tied)))
-        save_config(base, source, tied=tied, dtype=tensors.dtype)
-        config = read_config(source) | {family.keys.tied: tied}
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, source)
-    template = getattr(tokenizer, "chat_template", None)
-    return ExportRequest(
-        family=family,
-        facts=facts_of(family, config),
-        tensors=tensors,
-        directory=directory,
-        source=source,
-        name=_name(name or str(base.config.name_or_path or ""), directory),
-        quants=quants,
-        contents=contents,
-        tokenize=None if tokenizer is None else _tokenize(tokenizer),
-        chat_template=template if isinstance(template, str) else None,
-    )
-
-
-def _with_options(
-    request: ExportRequest,
-    overwrite: bool,
-    max_shard_bytes: int,
-    progress: Callable[[int, int, str], None] | None,
-    metadata: Mapping[str, Any] | None,
-) -> ExportRequest:
-    from dataclasses import replace
-
-    return replace(
-        request,
-        overwrite=overwrite,
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
-        metadata=dict(metadata or {}),
-    )
+        return adapter_tensors(save_adapter(model, source), places), facts
+    _refuse_foreign_quantisation(base)
+    tensors, tied = merged_tensors(base, places, tied=facts.tied)
+    save_config(base, source, tied=tied, dtype=tensors.dtype)
+    return tensors, facts_of(family, config | {family.keys.tied: tied})
 
 
 def _tokenize(tokenizer: Any) -> Callable[[str], list[int]]:

@@ -24,7 +24,7 @@ from hotloop_core import (
     Plan,
 )
 from hotloop_core.errors import BudgetError, ConfigError, PlanError, UnsupportedError
-from hotloop_core.plan import amount
+from hotloop_core.plan import RECOMPUTE_ALL, amount
 
 from .cards import REFERENCE, Card, find_card, present_card
 from .costs import OPTIMIZER_BYTES, Job
@@ -179,6 +179,8 @@ class _Candidate:
 
 
 def _layer(job: Job, kept: frozenset[str]) -> LayerPlan:
+    if not kept:
+        return RECOMPUTE_ALL
     return LayerPlan(
         placements={
             s.name: Placement.RECOMPUTE for s in job.saved if s.can_recompute and s.name not in kept

@@ -76,7 +76,9 @@ class HeldOut(TrainerCallback):
         if self._every is not None and state.global_step % self._every == 0:
             due = control.should_log
             self._at(state.global_step)
-            control.should_log = due  # logging clears it, and Trainer would skip this step's own line
+            control.should_log = (
+                due  # logging clears it, and Trainer would skip this step's own line
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -1,10 +1,13 @@
 """Blocks of 256 values in groups with scales of their own: Q4_K, Q5_K, Q6_K.
 
-Every function takes x [blocks, 256] in float32 and gives the blocks' bytes, [blocks, bytes] in uint8.
-Layouts: ggml's `ggml-common.h`. A group's scale (and minimum) is the one of a grid of candidates with
-the least weighted squared error, by weighted least squares; then the scales are themselves quantised,
-and the values rounded again with what a reader will decode. Where ggml stops there, this also tries
-the neighbours of the quantised scales, which costs a little and lowers the error.
+Every public function takes x [blocks, 256] in float32 and gives the blocks' bytes, [blocks, bytes] in
+uint8. Layouts: ggml's `ggml-common.h`. A group's scale (and minimum) is the one of a grid of candidates
+with the least weighted squared error, by weighted least squares; then the scales are themselves
+quantised, and the values rounded again with what a reader will decode. Where ggml stops there, this
+also tries the neighbours of the quantised scales, which costs a little and lowers the error.
+
+Inside, the values of a group lie along the first axis (shapes [group, groups] and [1, groups]), so that
+every operation runs along contiguous memory: three times as fast on a CPU as the other way round.
 """
 
 from __future__ import annotations
@@ -40,63 +43,62 @@ def q6_k(x: Tensor) -> Tensor:
 
     16 groups of 16: x = d sc q, q in -32..31.
     """
-    groups = x.reshape(-1, 16)
-    scale = _symmetric_search(groups, 32).reshape(-1, 16, 1)
+    groups = x.reshape(-1, 16).T.contiguous()
+    scale = _symmetric_search(groups, 32).reshape(-1, 16)
     widest = scale.gather(1, scale.abs().argmax(1, keepdim=True))
     inverse = torch.where(widest.abs() < _TINY, 0.0, -128.0 / widest)
     d = _inverse(inverse).to(torch.float16)
     sc = (scale * inverse).round_().clamp_(max=127)
-    sc, q = _nearby(groups.reshape(-1, 16, 16), d.float(), sc)
-    q = (q + 32).to(torch.uint8).reshape(-1, 2, 4, 32)
+    sc, q = _nearby(groups, d.float(), sc)
+    q = (q + 32).to(torch.uint8).T.reshape(-1, 2, 4, 32)
     low, high = q & 15, q >> 4
     low = torch.cat([low[:, :, 0] | low[:, :, 2] << 4, low[:, :, 1] | low[:, :, 3] << 4], 2)
     high = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
-    scales = sc.flatten(1).to(torch.int8).view(torch.uint8)
-    return torch.cat([low.flatten(1), high.flatten(1), scales, d.flatten(1).view(torch.uint8)], 1)
+    scales = sc.to(torch.int8).view(torch.uint8)
+    return torch.cat([low.flatten(1), high.flatten(1), scales, d.view(torch.uint8)], 1)
 
 
 def _affine(
     x: Tensor, *, levels: int, first: float, step: float, steps: int
 ) -> tuple[Tensor, Tensor]:
     """(d, dmin and packed scales [blocks, 16], q [blocks, 8, 32]), all in uint8."""
-    groups = x.reshape(-1, 32)
-    weight = groups.square().mean(1, keepdim=True).sqrt_() + groups.abs()
-    scale, low = _affine_search(groups, weight, levels, first, step, steps)
-    scale, low = scale.reshape(-1, 8, 1), low.reshape(-1, 8, 1)
-    d = (scale.amax(1, keepdim=True) / 63).to(torch.float16)
-    dmin = (low.amax(1, keepdim=True) / 63).to(torch.float16)
-    sc = (scale * _inverse(scale.amax(1, keepdim=True) / 63)).round_().clamp_(max=63)
-    m = (low * _inverse(low.amax(1, keepdim=True) / 63)).round_().clamp_(max=63)
-    blocks = groups.reshape(-1, 8, 32)
-    sc, m, q = _nearby_affine(blocks, d.float(), dmin.float(), sc, m, levels)
-    halves = [half.flatten(1).view(torch.uint8) for half in (d, dmin)]
-    packed = _pack_six_bits(sc.flatten(1).to(torch.uint8), m.flatten(1).to(torch.uint8))
-    return torch.cat([*halves, packed], 1), q.to(torch.uint8)
+    groups = x.reshape(-1, 32).T.contiguous()
+    scale, low = _affine_search(groups, levels, first, step, steps)
+    scale, low = scale.reshape(-1, 8), low.reshape(-1, 8)
+    unit, low_unit = (part.amax(1, keepdim=True) / 63 for part in (scale, low))
+    d, dmin = unit.to(torch.float16), low_unit.to(torch.float16)
+    sc = (scale * _inverse(unit)).round_().clamp_(max=63)
+    m = (low * _inverse(low_unit)).round_().clamp_(max=63)
+    sc, m, q = _nearby_affine(groups, d.float(), dmin.float(), sc, m, levels)
+    packed = _pack_six_bits(sc.to(torch.uint8), m.to(torch.uint8))
+    head = torch.cat([d.view(torch.uint8), dmin.view(torch.uint8), packed], 1)
+    return head, q.to(torch.uint8).T.reshape(-1, 8, 32)
 
 
 def _affine_search(
-    x: Tensor, weight: Tensor, levels: int, first: float, step: float, steps: int
+    x: Tensor, levels: int, first: float, step: float, steps: int
 ) -> tuple[Tensor, Tensor]:
-    """Scale s and minimum m >= 0 of each group, x about s q - m, q in 0..levels; both [groups, 1].
+    """Scale s and minimum m >= 0 of each group, x about s q - m, q in 0..levels; both [1, groups].
 
     Candidates are q = round((first + i step + levels)(x + m)/(max + m)) with the best m so far; for
     each, s and m solve the weighted normal equations, and the error follows from the same sums.
     """
-    low = x.amin(1, keepdim=True).clamp_(max=0.0)
-    high = x.amax(1, keepdim=True)
+    weight = x.square().mean(0, keepdim=True).sqrt_() + x.abs()
+    low = x.amin(0, keepdim=True).clamp_(max=0.0)
+    high = x.amax(0, keepdim=True)
     wx = weight * x
-    sum_w, sum_x = weight.sum(1, keepdim=True), wx.sum(1, keepdim=True)
-    sum_xx = (wx * x).sum(1, keepdim=True)
+    sum_w, sum_x = weight.sum(0, keepdim=True), wx.sum(0, keepdim=True)
+    sum_xx = (wx * x).sum(0, keepdim=True)
 
     scale, offset = (high - low) / levels, low
     best = torch.full_like(sum_w, torch.inf)
     for i in range(-1, steps):
         stretch = levels if i < 0 else first + i * step + levels
-        q = ((x - offset) * (stretch * _inverse(high - offset))).round_().clamp_(0, levels)
+        q = (x - offset).mul_(stretch * _inverse(high - offset)).round_().clamp_(0, levels)
         wq = weight * q
-        sum_q = wq.sum(1, keepdim=True)
-        sum_qx = (q * wx).sum(1, keepdim=True)
-        sum_qq = wq.mul_(q).sum(1, keepdim=True)
+        sum_q = wq.sum(0, keepdim=True)
+        sum_qq = wq.mul_(q).sum(0, keepdim=True)
+        sum_qx = q.mul_(wx).sum(0, keepdim=True)
         if i < 0:
             s, o = scale, offset
         else:
@@ -116,28 +118,31 @@ def _affine_search(
 def _nearby_affine(
     x: Tensor, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor, levels: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best of each group's quantised scale and minimum and their neighbours, and q for it."""
+    """The best of each group's quantised scale and minimum and their neighbours, and q for it.
+
+    x: [32, groups]; d, dmin: [blocks, 1]; sc, m: [blocks, 8].
+    """
+
+    def rounded(sc: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        s, low = (d * sc).reshape(1, -1), (dmin * m).reshape(1, -1)
+        return (x + low).mul_(_inverse(s)).round_().clamp_(0, levels), s, low
+
     best = torch.full_like(sc, torch.inf)
-    kept_sc, kept_m, kept_q = sc, m, torch.empty_like(x)
+    kept_sc, kept_m = sc, m
     for up in (0, -1, 1):
         for right in (0, -1, 1):
             near_sc, near_m = (sc + up).clamp_(0, 63), (m + right).clamp_(0, 63)
-            s, low = d * near_sc, dmin * near_m
-            q = ((x + low) * _inverse(s)).round_().clamp_(0, levels)
-            error = (q * s - low - x).square_().sum(2, keepdim=True)
+            q, s, low = rounded(near_sc, near_m)
+            error = q.mul_(s).sub_(low).sub_(x).square_().sum(0).reshape(sc.shape)
             better = error < best
             best = torch.where(better, error, best)
-            kept_sc, kept_m = (
-                torch.where(better, near_sc, kept_sc),
-                torch.where(better, near_m, kept_m),
-            )
-            kept_q = torch.where(better, q, kept_q)
-    return kept_sc, kept_m, kept_q
+            kept_sc, kept_m = torch.where(better, near_sc, kept_sc), torch.where(better, near_m, kept_m)
+    return kept_sc, kept_m, rounded(kept_sc, kept_m)[0]
 
 
 def _symmetric_search(x: Tensor, limit: int) -> Tensor:
-    """Scale s of each group, x about s q, q in -limit..limit-1; [groups, 1]. Weights are x^2."""
-    extreme = x.gather(1, x.abs().argmax(1, keepdim=True))
+    """Scale s of each group, x about s q, q in -limit..limit-1; [1, groups]. Weights are x^2."""
+    extreme = x.gather(0, x.abs().argmax(0, keepdim=True))
     unit = x * torch.where(extreme.abs() < _TINY, 0.0, -1.0 / extreme)
     weight = x.square()
     wx = weight * x
@@ -145,8 +150,8 @@ def _symmetric_search(x: Tensor, limit: int) -> Tensor:
     best = torch.zeros_like(extreme)
     for i in (0, *range(-9, 0), *range(1, 10)):
         q = (unit * (limit + 0.1 * i)).round_().clamp_(-limit, limit - 1)
-        sum_qx = (q * wx).sum(1, keepdim=True)
-        sum_qq = q.square_().mul_(weight).sum(1, keepdim=True)
+        sum_qx = (q * wx).sum(0, keepdim=True)
+        sum_qq = q.square_().mul_(weight).sum(0, keepdim=True)
         s = sum_qx * _inverse(sum_qq)
         better = s * sum_qx > best  # what the error loses against s = 0
         best = torch.where(better, s * sum_qx, best)
@@ -155,18 +160,25 @@ def _symmetric_search(x: Tensor, limit: int) -> Tensor:
 
 
 def _nearby(x: Tensor, d: Tensor, sc: Tensor) -> tuple[Tensor, Tensor]:
-    """The best of each group's quantised scale and its neighbours, and q for it."""
+    """The best of each group's quantised scale and its neighbours, and q for it.
+
+    x: [16, groups]; d: [blocks, 1]; sc: [blocks, 16].
+    """
+
+    def rounded(sc: Tensor) -> tuple[Tensor, Tensor]:
+        s = (d * sc).reshape(1, -1)
+        return (x * _inverse(s)).round_().clamp_(-32, 31), s
+
     best = torch.full_like(sc, torch.inf)
-    kept_sc, kept_q = sc, torch.empty_like(x)
+    kept = sc
     for up in (0, -1, 1):
         near = (sc + up).clamp_(-128, 127)
-        s = d * near
-        q = (x * _inverse(s)).round_().clamp_(-32, 31)
-        error = (q * s - x).square_().sum(2, keepdim=True)
+        q, s = rounded(near)
+        error = q.mul_(s).sub_(x).square_().sum(0).reshape(sc.shape)
         better = error < best
         best = torch.where(better, error, best)
-        kept_sc, kept_q = torch.where(better, near, kept_sc), torch.where(better, q, kept_q)
-    return kept_sc, kept_q
+        kept = torch.where(better, near, kept)
+    return kept, rounded(kept)[0]
 
 
 def _pack_six_bits(sc: Tensor, m: Tensor) -> Tensor:

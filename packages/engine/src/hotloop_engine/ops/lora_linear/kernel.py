@@ -80,30 +80,24 @@ def _fill(
     program = tl.program_id(0)
     if program < b_programs:
         n = program * ROWS + tl.arange(0, ROWS)
-        c = tl.arange(0, PADDED)
+        column = tl.arange(0, PADDED)
         tile = tl.zeros((ROWS, PADDED), dtype=tl.float32)
-        tile = _tile_b(tile, b0, bias0, n, c, 0, n1, 0, r0, r0, bias_column)
-        tile = _tile_b(tile, b1, bias1, n, c, n1, n2, c1, r1, r1, bias_column)
-        tile = _tile_b(tile, b2, bias2, n, c, n2, n_total, c2, r2, r2, bias_column)
-        where = out_b + n[:, None].to(tl.int64) * b_pitch + c[None, :]
-        tl.store(
-            where,
-            tile.to(out_b.dtype.element_ty),
-            mask=(n < n_total)[:, None] & (c < columns)[None, :],
-        )
+        tile = _tile_b(tile, b0, bias0, n, column, 0, n1, 0, r0, r0, bias_column)
+        tile = _tile_b(tile, b1, bias1, n, column, n1, n2, c1, r1, r1, bias_column)
+        tile = _tile_b(tile, b2, bias2, n, column, n2, n_total, c2, r2, r2, bias_column)
+        inside_b = (n < n_total)[:, None] & (column < columns)[None, :]
+        to_b = out_b + n[:, None].to(tl.int64) * b_pitch + column[None, :]
+        tl.store(to_b, tile.to(out_b.dtype.element_ty), mask=inside_b)
     else:
         row = (program - b_programs) // a_blocks
         k = ((program - b_programs) % a_blocks) * WIDTH + tl.arange(0, WIDTH)
-        c = row + tl.zeros_like(k)
+        rows = row + tl.zeros_like(k)
         line = tl.zeros((WIDTH,), dtype=tl.float32)
-        line = _line_a(line, a0, c, k, k_total, 0, r0, k_total, scale0)
-        line = _line_a(line, a1, c, k, k_total, c1, r1, k_total, scale1)
-        line = _line_a(line, a2, c, k, k_total, c2, r2, k_total, scale2)
-        tl.store(
-            out_a + row.to(tl.int64) * a_pitch + k,
-            line.to(out_a.dtype.element_ty),
-            mask=k < k_total,
-        )
+        line = _line_a(line, a0, rows, k, k_total, 0, r0, k_total, scale0)
+        line = _line_a(line, a1, rows, k, k_total, c1, r1, k_total, scale1)
+        line = _line_a(line, a2, rows, k, k_total, c2, r2, k_total, scale2)
+        to_a = out_a + row.to(tl.int64) * a_pitch + k
+        tl.store(to_a, line.to(out_a.dtype.element_ty), mask=k < k_total)
 
 
 def fill_columns(

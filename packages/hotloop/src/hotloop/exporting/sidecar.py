@@ -1,9 +1,8 @@
-"""What stands beside the weights: config, generation config, tokenizer, as transformers and PEFT save them."""
+"""What stands beside the weights: config, generation config or adapter config, as transformers and PEFT save them."""
 
 from __future__ import annotations
 
 import copy
-import json
 from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import ExportError
@@ -28,11 +27,6 @@ def save_config(model: Any, directory: Path, *, tied: bool, dtype: str) -> None:
         (directory / "generation_config.json").write_text(text, encoding="utf-8")
 
 
-def save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """Writes the tokenizer's files as transformers saves them."""
-    tokenizer.save_pretrained(directory)
-
-
 def save_adapter(model: Any, directory: Path) -> Path:
     """Writes the one active adapter as PEFT saves it, and gives its safetensors file.
 
@@ -55,8 +49,3 @@ def save_adapter(model: Any, directory: Path) -> Path:
             file.rename(directory / file.name)
         folder.rmdir()
     return directory / "adapter_model.safetensors"
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """`config.json` of a directory."""
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
