@@ -6,6 +6,7 @@ import ctypes
 import gc
 import importlib.metadata
 import itertools
+import json
 import math
 import random
 from pathlib import Path
@@ -16,16 +17,10 @@ import numpy as np
 import pytest
 import torch
 from hotloop.exporting import export
+from hotloop_gguf.mixes import MIXES
 from peft import LoraConfig, get_peft_model
-from tokenizers import (
-    AddedToken,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import pre_tokenizers as pre
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
@@ -121,7 +116,7 @@ def byte_level(pre_tokenizer: Any, *, ignore_merges: bool = False, bos: bool = F
     trainer = trainers.BpeTrainer(
         vocab_size=700,
         show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=pre.ByteLevel.alphabet(),
         special_tokens=["<|begin|>", "<|im_end|>"],
     )
     backend.train_from_iterator(CORPUS * 3, trainer)
@@ -134,19 +129,13 @@ def byte_level(pre_tokenizer: Any, *, ignore_merges: bool = False, bos: bool = F
     )
 
 
-GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-SMOLLM = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), GPT2])
+GPT2 = pre.ByteLevel(add_prefix_space=False, use_regex=True)
+SMOLLM = pre.Sequence([pre.Digits(individual_digits=True), GPT2])
 
 
 def split_like(pattern: str) -> Any:
-    from tokenizers import Regex
-
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    as_bytes = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre.Sequence([pre.Split(Regex(pattern), behavior="isolated"), as_bytes])
 
 
 LLAMA3 = (
@@ -158,18 +147,10 @@ QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 def tiny(vocab: int, **changes: Any) -> LlamaForCausalLM:
     sizes = {
-        "vocab_size": vocab,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.15,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
+        "vocab_size": vocab, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        "initializer_range": 0.15, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
     torch.manual_seed(1)
     model = LlamaForCausalLM(LlamaConfig(**(sizes | changes))).eval()
     for name, parameter in model.named_parameters():
@@ -186,6 +167,10 @@ def tokenizer() -> Any:
 PROMPT = list(range(3, 60)) * 2
 
 
+def rope(kind: str, **parameters: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4} | parameters}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -194,42 +179,21 @@ PROMPT = list(range(3, 60)) * 2
         {"num_key_value_heads": 4, "head_dim": 32},
         {"num_key_value_heads": 1},
         {"attention_bias": True, "mlp_bias": True},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
-        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
-        {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 5e3,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1e4,
-                "factor": 4.0,
-                "original_max_position_embeddings": 64,
-            }
-        },
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 1e4,
-                "factor": 4.0,
-                "original_max_position_embeddings": 64,
-                "attention_factor": 0.8,
-            }
-        },
+        rope("default", rope_theta=5e5),
+        rope("linear", factor=4.0),
+        rope("dynamic", factor=4.0),
+        rope(
+            "llama3", rope_theta=5e3, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=64,
+        ),
+        rope("yarn", factor=4.0, original_max_position_embeddings=64),
+        rope("yarn", factor=4.0, original_max_position_embeddings=64, attention_factor=0.8),
     ],
-    ids=lambda c: (
-        "-".join(f"{k}={v['rope_type'] if isinstance(v, dict) else v}" for k, v in c.items())
-        or "plain"
-    ),
-)
+    ids=lambda c: "-".join(
+        f"{k}={v['rope_type'] if isinstance(v, dict) else v}" for k, v in c.items()
+    )
+    or "plain",
+)  # fmt: skip
 def test_f32_file_computes_what_transformers_computes(
     changes: dict[str, Any], tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -270,7 +234,6 @@ def test_each_tensor_has_the_type_that_llama_cpps_quantiser_gives_it(
     sizes: dict[str, Any], tokenizer: Any, tmp_path: Path
 ) -> None:
     from gguf import GGUFReader
-    from hotloop_gguf.mixes import MIXES
 
     def types(path: Path) -> dict[str, str]:
         return {t.name: t.tensor_type.name for t in GGUFReader(path).tensors}
@@ -332,8 +295,6 @@ def sentencepiece_like() -> Any:
     mark = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     draft.normalizer = mark
     draft.train_from_iterator(CORPUS * 3, trainers.BpeTrainer(vocab_size=400, show_progress=False))
-    import json
-
     learned = json.loads(draft.to_str())["model"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += sorted(learned["vocab"], key=learned["vocab"].get)
@@ -378,10 +339,13 @@ def test_embedding_rows_beyond_the_tokenizer_are_padded(tokenizer: Any, tmp_path
     assert torch.allclose(llama.logits(PROMPT), hf_logits(model, PROMPT), atol=1e-3)
 
 
-def test_further_stop_token_of_the_generation_config_ends_generation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|stop|>"])
+def test_further_stop_token_of_the_generation_config_ends_generation(
+    eos: str, tmp_path: Path
+) -> None:
     tokenizer = byte_level(SMOLLM)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|stop|>"]})
-    tokenizer.eos_token = "<|stop|>"
+    tokenizer.eos_token = eos
     model = tiny(len(tokenizer), num_hidden_layers=1)
     stop, usual = tokenizer.convert_tokens_to_ids(["<|stop|>", "<|im_end|>"])
     model.generation_config.eos_token_id = [usual, stop]
@@ -415,11 +379,8 @@ def test_smollm2_answers_in_llama_cpp_as_in_transformers(
     report = export(
         model, tokenizer, tmp_path, format="gguf", quant=["f32", "q8_0", "q6_k"], name="SmolLM2"
     )
-    assert [file.path.name for file in report.files] == [
-        "SmolLM2-F32.gguf",
-        "SmolLM2-Q8_0.gguf",
-        "SmolLM2-Q6_K.gguf",
-    ]
+    names = [file.path.name for file in report.files]
+    assert names == ["SmolLM2-F32.gguf", "SmolLM2-Q8_0.gguf", "SmolLM2-Q6_K.gguf"]
     exact = LlamaCpp(report.files[0].path)
     assert exact.metadata["tokenizer.ggml.pre"] == "smollm"
     assert exact.metadata["tokenizer.chat_template"] == tokenizer.chat_template

@@ -157,3 +157,38 @@ def test_the_kernel_fills_what_the_reference_fills(device, sizes, rank, bias, sk
     for target, op in ((found, kernel), (expected, reference)):
         op.fill_columns(views, group.rows, group.ranks, *target, bias_column=group.rank)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    "sizes, rank, bias", [([64], 3, True), ([96, 32], 4, False), ([64, 32, 33], 16, True)]
+)
+@pytest.mark.parametrize("nested", [True, False])
+def test_one_launch_extends_4bit_weights_as_the_pieces_do(device, sizes, rank, bias, nested):
+    kernel, nf4 = (
+        pytest.importorskip(f"hotloop_engine.ops.{name}")
+        for name in ("lora_linear.kernel", "nf4.reference")
+    )
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from hotloop_engine.ops.lora_linear import LinearGroup
+    from hotloop_engine.ops.lora_linear.reference import fill_columns
+    from hotloop_engine.ops.nf4 import from_bitsandbytes
+
+    views = []
+    for view in make_views(sizes, 64, rank=rank, bias=bias, dtype=torch.float32):
+        packed, state = functional.quantize_4bit(
+            view.weight.to(device), blocksize=64, quant_type="nf4", compress_statistics=nested
+        )
+        packed.quant_state = state
+        lora = Lora(a_RK=view.lora.a_RK.to(device), b_NR=view.lora.b_NR.to(device), scale=0.75)
+        moved = None if view.bias is None else view.bias.to(device)
+        views.append(LinearView(weight=from_bitsandbytes(packed), bias=moved, lora=lora))
+    group = LinearGroup(views, torch.float32, torch.device(device))
+    size = (group.n + group.columns, group.k + group.columns)
+    found, expected = (torch.zeros(size, device=device) for _ in range(2))
+    for view, rows in zip(views, group.rows, strict=True):
+        nf4.forward(view.weight, out=expected[rows, :64])
+    edges = (group.views, group.rows, group.ranks)
+    fill_columns(*edges, expected[: group.n, 64:], expected[group.n :, :64], bias_column=group.rank)
+    assert kernel.extend(*edges, found, n=group.n, k=64, bias_column=group.rank)
+    assert torch.equal(found, expected)

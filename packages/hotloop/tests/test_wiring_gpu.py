@@ -90,14 +90,6 @@ def batches():
 @pytest.mark.parametrize("bits", [4, 16])
 def test_wired_is_no_worse_than_eager_and_recompute_gives_the_same_bits(checkpoint, bits, kind):
     ids, more = batches()[kind]
-    if kind == "packed":  # transformers lets the last token of a row predict the next row's first
-        exact = run(truth_of(checkpoint, bits), ids, autocast=False, **more)
-        exact.pop("loss")
-    else:
-        exact = run(truth_of(checkpoint, bits), ids, autocast=False)
-    labels = ids.clone()
-    eager_model = with_lora(load(checkpoint, bits=bits))
-    eager = run(eager_model, ids, **more)
     model = with_lora(load(checkpoint, bits=bits))
     receipt = wire(model, plan(KEEP_ALL), deterministic=True)
     first, second = run(model, ids, **more), run(model, ids, **more)
@@ -105,9 +97,18 @@ def test_wired_is_no_worse_than_eager_and_recompute_gives_the_same_bits(checkpoi
     receipt.replan(plan(RECOMPUTE_ALL))
     again = run(model, ids, **more)
     assert all(torch.equal(first[n], again[n]) for n in first)
-    if kind == "dense":
-        assert_no_worse_than(first, eager, exact, slack=0.15)
-    assert torch.equal(labels, ids)
+    if kind == "packed":  # transformers lets the last token of a row predict the next row's first
+        return
+    eager = run(with_lora(load(checkpoint, bits=bits)), ids)
+    exact = run(truth_of(checkpoint, bits), ids, autocast=False)
+    # One number, the loss, can be right by luck: it may be off by what bf16 hidden states bring.
+    assert_no_worse_than(
+        {"loss": first.pop("loss")},
+        {"loss": eager.pop("loss")},
+        {"loss": exact.pop("loss")},
+        floor=1e-4,
+    )
+    assert_no_worse_than(first, eager, exact, slack=0.15)
 
 
 @pytest.mark.parametrize("bits", [4, 16])

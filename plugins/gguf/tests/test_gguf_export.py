@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,19 @@ def test_each_tensor_is_loaded_once_for_all_quantisations(request_: ExportReques
     assert torch.equal(torch.tensor(read["blk.0.ffn_down.weight"].data), expected["down"])
     pairs = expected["q"].reshape(4, 2, 8, 64).transpose(1, 2).reshape(64, 64)
     assert torch.equal(torch.tensor(read["blk.0.attn_q.weight"].data), pairs)
+
+
+def test_one_tensor_at_a_time_is_held(request_: ExportRequest) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def load(shape: tuple[int, ...]) -> torch.Tensor:
+        assert all(held() is None for held in alive)
+        tensor = torch.ones(shape)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    lazy = [replace(entry, load=lambda s=entry.shape: load(s)) for entry in entries()]
+    assert export(replace(request_, tensors=lazy)).tensors == len(alive)
 
 
 def test_a_width_that_does_not_fit_is_reported(request_: ExportRequest) -> None:

@@ -152,3 +152,27 @@ def test_plan_reads_nothing_but_a_config(model_dir: Path) -> None:
     assert result.exit_code == 0, result.output
     planned = json.loads(result.stdout)
     assert len(planned["layers"]) == 2 and planned["peak_bytes"] > 0
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_verify_compares_and_exits_by_the_verdict(
+    model_dir: Path, recipe: Recipe, data: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ["--data", recipe.data.path] if data else []
+    arguments = [
+        "verify",
+        str(model_dir),
+        "--bits",
+        "16",
+        "--tokens",
+        "128",
+        "--lora",
+        "4",
+        "--json",
+        *rows,
+    ]
+    good = CliRunner().invoke(app, arguments)
+    assert good.exit_code == 0, good.output
+    assert json.loads(good.stdout[good.stdout.index("{") :])
+    monkeypatch.setattr("hotloop.verify.report.Report.ok", property(lambda self: False))
+    assert CliRunner().invoke(app, arguments).exit_code == 1

@@ -152,16 +152,20 @@ def _write(
             for name, file in zip(names, files, strict=True)
         ]
         for done, tensor in enumerate(planned, 1):
-            value = tensor.load()
-            if tuple(value.shape) != tensor.shape:
-                raise ExportError(
-                    f"{tensor.source} was announced with shape {tensor.shape} and loaded with "
-                    f"{tuple(value.shape)}; this is a fault of the tensor stream"
-                )
-            for writer, choice in zip(writers, tensor.choices, strict=True):
-                writer.write(tensor.name, encode(value, choice.block, tensor.source))
+            _write_tensor(writers, tensor)
             if request.progress is not None:
                 request.progress(done, len(planned), tensor.source)
+
+
+def _write_tensor(writers: Sequence[GgufWriter], tensor: Planned) -> None:
+    value = tensor.load()
+    if tuple(value.shape) != tensor.shape:
+        raise ExportError(
+            f"{tensor.source} was announced with shape {tensor.shape} and loaded with "
+            f"{tuple(value.shape)}; this is a fault of the tensor stream"
+        )
+    for writer, choice in zip(writers, tensor.choices, strict=True):
+        writer.write(tensor.name, encode(value, choice.block, tensor.source))
 
 
 def _notes(mixes: Sequence[Mix], planned: Sequence[Planned]) -> tuple[str, ...]:

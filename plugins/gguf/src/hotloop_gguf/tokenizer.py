@@ -29,8 +29,11 @@ _SPECIAL = {
     "pad": "padding_token_id",
     "mask": "mask_token_id",
 }
-_TURN_ENDS = {"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<EOT>"}
-"""Ends of a turn that llama.cpp recognises by their text."""
+_KNOWN_ENDS = {
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>"),
+    *("<|eom_id|>", "<EOT>", "_<EOT>"),
+}
+"""Ends of generation that llama.cpp recognises by their text."""
 
 
 @dataclass(frozen=True)
@@ -200,12 +203,14 @@ class Tokenizer:
         return None, None
 
     def _turn_end(self, eos: Value | None) -> int | None:
-        """A further end that generation stops at, where llama.cpp would not know it by its text."""
+        """The first further end of the generation config that llama.cpp would not know by its text; the
+        format has room for one.
+        """
         ends = self.generation.get("eos_token_id")
-        others = [i for i in (ends if isinstance(ends, list) else [ends]) if i not in (None, eos)]
-        if not others or _TURN_ENDS.intersection(t for t in self.tokens if t):
-            return None
-        return others[0]
+        for id_ in ends if isinstance(ends, list) else [ends]:
+            if id_ not in (None, eos) and self.tokens[id_] not in _KNOWN_ENDS:
+                return id_
+        return None
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -219,7 +219,7 @@ class AttentionBlock:
         q, k, v = (p.unflatten(1, (c, shape.head_dim)) for p, c in zip(parts, counts, strict=True))
         return q, k, v
 
-    def _backend(self, q: Tensor, k: Tensor):  # noqa: ANN202
+    def _backend(self, q: Tensor, k: Tensor):
         asked = request(
             q,
             k,

@@ -56,6 +56,7 @@ def main() -> None:
     """Runs the command line; a HotloopError becomes a panel and exit status 1, wrong usage 2, Ctrl-C 130."""
     # Deprecations inside these packages are for their authors; a user of the command cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft|torch)\b")
+    warnings.filterwarnings("ignore", message=r"Could not find a config file in .*\.gguf")
     try:
         app()
     except HotloopError as error:
@@ -64,11 +65,10 @@ def main() -> None:
         from rich.panel import Panel
         from rich.text import Text
 
-        errors().print(
-            Panel(
-                Text(str(error)), title=type(error).__name__, border_style="red", title_align="left"
-            )
+        panel = Panel(
+            Text(str(error)), title=type(error).__name__, title_align="left", border_style="red"
         )
+        errors().print(panel, soft_wrap=False)
         sys.exit(1)
     except KeyboardInterrupt:
         errors().print(

@@ -47,4 +47,4 @@ def show_row(tokenizer: PreTrainedTokenizerBase, row: Row, title: str) -> None:
     for trained, group in groupby(pairs, key=lambda pair: pair[1]):
         ids = [token for token, _ in group]
         text.append(tokenizer.decode(ids), style="green" if trained else "dim")
-    console().print(Panel(text, title=title, title_align="left"))
+    console().print(Panel(text, title=title, title_align="left"), soft_wrap=False)

@@ -30,7 +30,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
     table = Table("", "found", "what it means", title="this machine", title_justify="left")
     for finding in findings:
         table.add_row(finding.what, finding.found, _meaning(finding))
-    console().print(table)
+    console().print(table, soft_wrap=False)
     attention = Table(
         "attention",
         "here",
@@ -51,7 +51,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="For programs.")
         attention.add_row(
             row.name, _mark(row.available), row.dtypes, row.head_sizes, *flags, row.reason
         )
-    console().print(attention)
+    console().print(attention, soft_wrap=False)
 
 
 def _meaning(finding: Finding) -> str:

@@ -57,6 +57,7 @@ def export(
             target,
             format=format_,
             quant=None if quant is None else [name.strip() for name in quant.split(",")],
+            name=Path(source).resolve().name if is_run else None,
             overwrite=overwrite,
             progress=lambda done, total, name: bar.update(
                 task, completed=done, total=total, description=name

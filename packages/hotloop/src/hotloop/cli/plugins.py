@@ -37,7 +37,7 @@ def plugins(
         if plugin.problem:
             state = "[red]broken[/]"
         table.add_row(plugin.name, plugin.distribution, plugin.version, "\n".join(claims), state)
-    console().print(table)
+    console().print(table, soft_wrap=False)
     for plugin in found:
         if plugin.trace:
             console().rule(f"[red]{plugin.name} ({plugin.distribution} {plugin.version}) is broken")

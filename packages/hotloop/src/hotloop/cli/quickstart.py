@@ -42,7 +42,7 @@ def quickstart(
     table = Table("question", "before", "after", show_lines=True)
     for row in answers:
         table.add_row(row.question, row.before, row.after)
-    console().print(table)
+    console().print(table, soft_wrap=False)
     console().print(str(report), markup=False, highlight=False)
     console().print(_how_to_run(report), markup=False, highlight=False)
 

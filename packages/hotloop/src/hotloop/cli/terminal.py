@@ -15,7 +15,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 @functools.cache
 def console() -> Console:
-    """Results: standard output."""
+    """Results: standard output. Text is left to the terminal to wrap; a table or panel asks for soft_wrap=False."""
     from rich.console import Console
 
     return Console(soft_wrap=True)
@@ -26,7 +26,7 @@ def errors() -> Console:
     """Progress and errors: standard error."""
     from rich.console import Console
 
-    return Console(stderr=True)
+    return Console(stderr=True, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:

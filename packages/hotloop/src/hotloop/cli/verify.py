@@ -9,7 +9,11 @@ import typer
 from .terminal import console, examples, print_json
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
+
+_B_STD = 0.01
+"""An adapter's after some training: it changes what the model says, and does not drown it."""
 
 
 @examples(
@@ -23,8 +27,16 @@ def verify(
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens in the batch, at most.")] = 256,
     bits: Annotated[int, typer.Option(help="4 or 16.")] = 4,
-    lora: Annotated[int, typer.Option(min=0, help="Rank of the adapter; 0: none.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of the random tokens.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32; default: the card's.")
+    ] = None,
+    lora: Annotated[
+        int, typer.Option(min=0, help="Rank of the adapter; 0: none, every weight trains.")
+    ] = 16,
+    seed: Annotated[int, typer.Option(help="Of the random tokens and of the adapter.")] = 0,
+    slack: Annotated[
+        float, typer.Option(min=0.0, help="How much larger than eager's an error may be.")
+    ] = 0.2,
     bisect: Annotated[
         bool,
         typer.Option(
@@ -38,23 +50,37 @@ def verify(
     from hotloop.lora import add_lora
     from hotloop.verify import verify as compare
 
-    loaded, tokenizer = load(model, bits=bits, max_seq_len=tokens)
+    loaded, tokenizer = load(
+        model, bits=bits, dtype=dtype, max_seq_len=tokens, full_finetuning=not lora
+    )
     if lora:
         loaded = add_lora(loaded, r=lora)
-    else:
-        loaded.requires_grad_(True)
+        _leave_zero(loaded, seed)
     batch = (
         _random(loaded.config.vocab_size, tokens, seed)
         if data is None
         else _rows(data, tokenizer, tokens)
     )
-    report = compare(loaded, batch, bisect=bisect)
+    device = next(loaded.parameters()).device
+    inputs = {name: v.to(device) if hasattr(v, "to") else v for name, v in batch.items()}
+    report = compare(loaded, inputs, slack=slack, bisect=bisect)
     if as_json:
         print_json(report.to_dict())
     else:
-        console().print(str(report), markup=False, highlight=False)
+        console().print(report, soft_wrap=False)
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _leave_zero(model: PeftModel, seed: int) -> None:
+    """Draws B, which starts at zero: there every gradient of A is zero, and a comparison would show nothing."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            drawn = torch.randn(parameter.shape, generator=generator) * _B_STD
+            parameter.data.copy_(drawn)
 
 
 def _random(vocabulary: int, tokens: int, seed: int) -> dict[str, Any]:

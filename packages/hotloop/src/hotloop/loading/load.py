@@ -137,8 +137,7 @@ def load(
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
             f"out of device memory while loading {source.name}. {planned or ''}\nClose what else "
-            "uses the card, load "
-            f"with bits=4, or choose a smaller model. ({error})"
+            f"uses the card, load with bits=4, or choose a smaller model. ({error})"
         ) from error
     if bits == 4:
         settle_(model, dtype)

@@ -77,7 +77,7 @@ class Job:
         tensor = next(t for t in self.saved if t.name == name)
         return self.tokens * (tensor.elements * self.width + tensor.extra_bytes)
 
-    @property
+    @cached_property
     def weights(self) -> int:
         """Bytes of the model's weights on the device."""
         if self.weight_bytes is not None:
@@ -88,7 +88,7 @@ class Job:
         norms = (2 * f.layers + 1) * f.hidden_size
         return int(f.layers * f.layer_parameters * per_weight + (outside + norms) * self.width)
 
-    @property
+    @cached_property
     def trained(self) -> int:
         """Bytes of gradients and optimizer state, and of the LoRA weights themselves (fp32, as PEFT
         keeps them).
@@ -102,7 +102,7 @@ class Job:
         lora = sum(rank * sum(shapes[role]) for role, rank in self.ranks.items())
         return int(self.facts.layers * lora * (4 + 4 + state))
 
-    @property
+    @cached_property
     def dequantised(self) -> int:
         """The buffer of the largest group of projections, with the columns that hold LoRA's B and
         the rows of A.
@@ -136,7 +136,7 @@ class Job:
         attention = again - self.saved_bytes("gate_up") + t * (2 * (q + kv) * b + 4 * q + streams)
         return max(mlp, attention)
 
-    @property
+    @cached_property
     def loss(self) -> int:
         """Bytes of the loss: the last hidden states, their normed copy and its gradient, one tile
         of logits.
@@ -150,6 +150,16 @@ class Job:
             self.saved_bytes(s.name) for s in self.saved if s.name in kept or not s.can_recompute
         )
 
+    @cached_property
+    def _sizes(self) -> dict[frozenset[str], tuple[int, int]]:
+        return {}
+
+    def sizes(self, kept: frozenset[str]) -> tuple[int, int]:
+        """(kept_bytes, working_set) of one layer, worked out once: the search asks for them often."""
+        if kept not in self._sizes:
+            self._sizes[kept] = self.kept_bytes(kept), self.working_set(kept)
+        return self._sizes[kept]
+
     def memory(self, early: frozenset[str], count: int, late: frozenset[str]) -> dict[str, int]:
         """The peak by part: the first `count` layers keep `early`, the others `late`.
 
@@ -158,13 +168,13 @@ class Job:
         free.
         """
         rest = self.facts.layers - count
-        a, z = self.kept_bytes(early), self.kept_bytes(late)
+        (a, early_work), (z, late_work) = self.sizes(early), self.sizes(late)
         kept = count * a + rest * z
         moments = [kept + self.loss]
         if rest:
-            moments.append(kept + self.working_set(late))
+            moments.append(kept + late_work)
         if count:
-            moments.append(count * a + self.working_set(early))
+            moments.append(count * a + early_work)
         parts = {
             "weights": self.weights,
             "gradients and optimizer"

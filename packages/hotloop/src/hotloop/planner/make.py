@@ -167,25 +167,20 @@ class _Candidate:
             job.facts.layers - self.count
         )
 
-    def recompute_ms(self, job: Job, card: Card) -> float:
+    def recompute_ms(self, job: Job, times: Mapping[str, float]) -> float:
         """Milliseconds of a step spent on computing again what was not kept."""
         rest = job.facts.layers - self.count
         return sum(
-            job.recompute_ms(s.name, card)
-            * ((s.name not in self.early) * self.count + (s.name not in self.late) * rest)
-            for s in job.saved
-            if s.can_recompute
+            ms * ((name not in self.early) * self.count + (name not in self.late) * rest)
+            for name, ms in times.items()
         )
 
 
 def _layer(job: Job, kept: frozenset[str]) -> LayerPlan:
     if not kept:
         return RECOMPUTE_ALL
-    return LayerPlan(
-        placements={
-            s.name: Placement.RECOMPUTE for s in job.saved if s.can_recompute and s.name not in kept
-        }
-    )
+    again = (s.name for s in job.saved if s.can_recompute and s.name not in kept)
+    return LayerPlan(placements=dict.fromkeys(again, Placement.RECOMPUTE))
 
 
 def _candidates(job: Job, placements: Placements | None) -> list[_Candidate]:
@@ -237,8 +232,9 @@ def _best(
     job: Job, card: Card | None, name: str | None, budget: int | None, candidates: list[_Candidate]
 ) -> Plan:
     rates = card or REFERENCE
+    times = {s.name: job.recompute_ms(s.name, rates) for s in job.saved if s.can_recompute}
     rows = [
-        (c.recompute_ms(job, rates), sum(job.memory(c.early, c.count, c.late).values()), c)
+        (c.recompute_ms(job, times), sum(job.memory(c.early, c.count, c.late).values()), c)
         for c in candidates
     ]
     fitting = [row for row in rows if budget is None or row[1] <= budget]

@@ -280,6 +280,7 @@ class Run:
                 folder,
                 format=item.format,
                 quant=item.quant,
+                name=self.directory.path.name,
                 overwrite=True,
             )
             written += [str(file.path) for file in result.files]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from rich.console import Group
 
+LOSS = "loss"
+TOTAL = "all gradients"
+"""The names of the rows that compare the loss, and the whole gradient as one vector."""
 SHOWN = 12
 """Rows that the printed table has; the report and its JSON have all."""
 
@@ -47,7 +50,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class Bisection:
-    """What turning ops off one at a time did, the most helpful first. culprit: the op that moves the error, if one does."""
+    """What turning ops off one at a time did, the most helpful first. culprit: the op that moves the error, or None."""
 
     trials: tuple[Trial, ...]
     culprit: str | None
@@ -55,9 +58,10 @@ class Bisection:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The result of `verify`.
+    """The result of `verify`, complete.
 
-    rows: the loss, the whole gradient ("all gradients") and each trained parameter, worst first. losses: "ours",
+    rows: "loss", each trained parameter, each kind of parameter over all layers ("model.layers.*.mlp.up_proj.weight"),
+    each layer ("model.layers.3") and the whole gradient ("all gradients"), worst first. losses: "ours",
     "eager", "truth". dtype, truth_dtype: by torch name ("bfloat16"). tokens: in the batch. notes: what a reader must
     know of how it was measured.
     """
@@ -69,7 +73,7 @@ class Report:
     slack: float
     tokens: int
     notes: tuple[str, ...] = ()
-    bisection: Bisection | None = field(default=None)
+    bisection: Bisection | None = None
 
     @property
     def worse(self) -> tuple[Row, ...]:
@@ -160,7 +164,7 @@ class Report:
     def _verdict(self) -> str:
         compared = len(self.rows)
         if self.ok:
-            return f"no worse than eager: {compared} of {compared} within {self.slack:.0%}"
+            return f"no worse than eager: all {compared} within what is allowed (slack {self.slack:.0%})"
         return (
             f"worse than eager: {len(self.worse)} of {compared}. Turn the named op off "
             '(wire(model, ops={"NAME": "reference"})) and report it; `--bisect` finds which.'

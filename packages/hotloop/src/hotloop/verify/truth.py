@@ -14,20 +14,36 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hotloop.exporting.merging import dequantised
+from hotloop_core.errors import GradientError
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from hotloop.exporting.merging import dequantised
+
+from . import exact_attention
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """A loss and the gradient of each trained parameter by name; None where the loss does not depend on it."""
+    """A loss and the gradient of each trained parameter by name; None where the loss does not depend on it.
+
+    token_losses: [T] fp64 on the host, of the trained tokens, from the logits; None where there were none.
+    """
 
     loss: float
     by_name: dict[str, Tensor | None]
+    token_losses: Tensor | None = None
+
+
+def token_losses(logits_BSV: Tensor, labels_BS: Tensor, *, rows: int = 512) -> Tensor:
+    """-log p(label) of each trained token [T], fp64 on the host; `rows` tokens at a time."""
+    logits_TV, labels_T = logits_BSV.detach()[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten()
+    pieces = zip(logits_TV.split(rows), labels_T.split(rows), strict=True)
+    losses = [nn.functional.cross_entropy(x.double(), y, reduction="none") for x, y in pieces]
+    return torch.cat(losses)[labels_T != -100].cpu()
 
 
 def exact_gradients(
@@ -46,13 +62,16 @@ def exact_gradients(
         trained: name -> parameter.
         dtype: of every weight and of every operation that transformers does not do in fp32 itself.
 
-    Attention runs as transformers' "eager", in `dtype`: its scores take H S^2 elements of memory, one layer at a time.
+    Attention keeps its scores: B H S^2 elements of memory a few times, one layer at a time.
+
+    Raises:
+        GradientError: loss or gradients are not finite.
     """
     names = {id(parameter): name for name, parameter in trained.items()}
     sink: dict[str, Tensor] = {}
     memo: dict[int, Any] = {id(root.config): copy.deepcopy(root.config)}
     config = memo[id(root.config)]
-    config._attn_implementation = "eager"
+    config._attn_implementation = exact_attention.register()
     stand_ins = {
         id(layer): _Layer(layer, dict(memo), names, sink, dtype)
         for layer in root.get_submodule(layers)  # type: ignore[union-attr]
@@ -62,12 +81,21 @@ def exact_gradients(
         vars(clone).pop(replaced, None)  # a trainer's wrapper around the live model's forward
     device = next(iter(trained.values())).device
     with _full_precision(), torch.autocast(device.type, enabled=False):
-        loss = clone(**inputs).loss
+        output = clone(**inputs)
+        loss, tokens = output.loss, token_losses(output.logits, inputs["labels"])
+        del output
         loss.backward()
     for name, parameter in outside.items():
         if parameter.grad is not None:
             sink[name] = parameter.grad.cpu()
-    return Gradients(float(loss), {name: sink.get(name) for name in trained})
+    bad = [name for name, gradient in sink.items() if not gradient.isfinite().all()]
+    if bad or not bool(loss.isfinite()):
+        raise GradientError(
+            f"even in {dtype} the loss is {float(loss.detach())} and {len(bad)} gradients are not finite "
+            f"({', '.join(bad[:3])}). Look for NaN in the weights, or for values that overflow."
+        )
+    by_name = {name: sink.get(name) for name in trained}
+    return Gradients(loss=float(loss.detach()), by_name=by_name, token_losses=tokens)
 
 
 class _Layer(nn.Module):
@@ -137,7 +165,7 @@ def _exact_copy(
     """
     trained: dict[str, nn.Parameter] = {}
     for child in _modules(module, memo):
-        if getattr(getattr(child, "weight", None), "quant_state", None) is not None:
+        if quantised(child):
             memo[id(child)] = _dense(child, dtype)
             continue
         for parameter in child._parameters.values():
@@ -149,6 +177,11 @@ def _exact_copy(
             if name is not None:
                 trained[name] = exact
     return copy.deepcopy(module, memo), trained
+
+
+def quantised(module: nn.Module) -> bool:
+    """Whether this is a 4-bit linear itself; PEFT's wrapper around one shows the same weight."""
+    return getattr(module._parameters.get("weight"), "quant_state", None) is not None
 
 
 def _modules(module: nn.Module, memo: Mapping[int, Any]) -> Iterator[nn.Module]:

@@ -7,11 +7,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hotloop.wiring import wire
-from hotloop.wiring.classes import STATE, wired_class
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
+
+from hotloop.wiring import wire
+from hotloop.wiring.classes import STATE, wired_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

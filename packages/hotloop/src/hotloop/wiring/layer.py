@@ -19,11 +19,12 @@ from hotloop_engine.blocks import (
     NormView,
     run_blocks,
 )
+from hotloop_engine.ops.lora_linear import LinearView
 from torch import Tensor, nn
 
 from .classes import STATE, role
 from .masks import LazyMask
-from .views import Refusal, linear_view, norm_view, refuse
+from .views import FourBitCache, Refusal, linear_view, norm_view, refuse
 
 SEQUENCES = "hotloop_sequences"
 """The keyword by which the wired root hands the batch's sequences to every layer."""
@@ -106,6 +107,14 @@ class LayerState:
     index: int
     spec: LayerSpec
     shared: Shared
+    four_bit: FourBitCache = field(default_factory=FourBitCache)
+    guard: Guard | None = None
+
+    def __post_init__(self) -> None:
+        self.paths = module_paths(self.spec)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "guard": None}
 
 
 def module_paths(spec: LayerSpec) -> dict[str, str]:
@@ -187,8 +196,8 @@ def build_blocks(
         Refusal: the layer, or this call, has something that the blocks do not do.
     """
     shared, spec, facts = state.shared, state.spec, state.shared.facts
-    modules = {role: layer.get_submodule(path) for role, path in module_paths(spec).items()}
-    _check_call(layer, shared, kwargs)
+    modules = {role: layer.get_submodule(path) for role, path in state.paths.items()}
+    _check_call(layer, state, kwargs)
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -199,6 +208,9 @@ def build_blocks(
     def norm(role: str) -> NormView | None:
         module = modules.get(role)
         return None if module is None else norm_view(module, spec.norms, facts.norm_eps)
+
+    def linear(role: str) -> LinearView:
+        return linear_view(modules[role], state.four_bit)
 
     cos, sin = (t.reshape(-1, t.shape[-1]) for t in kwargs["position_embeddings"])
     attention, mlp = spec.attention, spec.mlp
@@ -216,8 +228,8 @@ def build_blocks(
                 interleaved=attention.interleaved,
             ),
             norm=norm("before_attention"),
-            qkv=(linear_view(modules["q"]), linear_view(modules["k"]), linear_view(modules["v"])),
-            o=linear_view(modules["o"]),
+            qkv=(linear("q"), linear("k"), linear("v")),
+            o=linear("o"),
             cos_PR=cos,
             sin_PR=sin,
             sequences=shared.sequences(hidden, kwargs),
@@ -231,8 +243,8 @@ def build_blocks(
             context,
             activation=facts.activation,
             norm=norm("before_mlp"),
-            gate_up=(linear_view(modules["gate"]), linear_view(modules["up"])),
-            down=linear_view(modules["down"]),
+            gate_up=(linear("gate"), linear("up")),
+            down=linear("down"),
             after=norm("after_mlp"),
         ),
     )
@@ -242,7 +254,8 @@ _CAPTURE = "transformers.utils.output_capturing"  # sees outputs that a wired la
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _check_call(layer: nn.Module, shared: Shared, kwargs: Mapping[str, Any]) -> None:
+def _check_call(layer: nn.Module, state: LayerState, kwargs: Mapping[str, Any]) -> None:
+    shared = state.shared
     mask = kwargs.get("attention_mask")
     if isinstance(mask, LazyMask):
         if mask.custom:
@@ -253,7 +266,29 @@ def _check_call(layer: nn.Module, shared: Shared, kwargs: Mapping[str, Any]) -> 
         raise Refusal("mask", f"an attention mask of type {type(mask).__name__}")
     if layer.training and shared.facts.attention_dropout:
         raise Refusal("attention-dropout", f"attention_dropout={shared.facts.attention_dropout}")
-    check_modules(layer)
+    if state.guard is None or not state.guard.holds():
+        check_modules(layer)
+        state.guard = Guard(layer)
+
+
+class Guard:
+    """Remembers that `check_modules` found nothing: no module came or went, no hook or forward was added since."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        inner = [module for module in layer.modules() if module is not layer]
+        self._own = [module.__dict__ for module in inner]
+        self._hooks = [own[kind] for own in self._own for kind in _HOOKS if not own[kind]]
+        self._children = [layer._modules, *(module._modules for module in inner)]
+        self._tree = self._identities()
+
+    def holds(self) -> bool:
+        """Whether the layer's modules are still the same and as bare as they were."""
+        if any(self._hooks) or self._identities() != self._tree:
+            return False
+        return not any("forward" in own or "_hf_hook" in own for own in self._own)
+
+    def _identities(self) -> list[int]:
+        return [id(child) for children in self._children for child in children.values()]
 
 
 def check_modules(layer: nn.Module) -> None:

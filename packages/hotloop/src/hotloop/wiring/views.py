@@ -43,7 +43,35 @@ def refuse(where: str, refusal: Refusal) -> WireError:
     )
 
 
-def linear_view(module: nn.Module) -> LinearView:
+class FourBitCache:
+    """The 4-bit views of one layer's weights, each made again when its weight moved or was replaced."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, int, Any, FourBitWeight]] = {}
+
+    def view(self, weight: Tensor) -> FourBitWeight:
+        """`from_bitsandbytes(weight)`, remembered."""
+        state = weight.quant_state  # type: ignore[attr-defined]
+        known = self._known.get(id(weight))
+        if known is not None:
+            held, address, held_state, view = known
+            if held is weight and held_state is state and address == weight.data_ptr():
+                if view.absmax.device == weight.device:
+                    return view
+        if getattr(state, "packing_format_for_cpu", False):
+            raise Refusal(
+                "weight-kind",
+                "a 4-bit weight that bitsandbytes has repacked for this CPU's matrix instructions",
+            )
+        view = from_bitsandbytes(weight)
+        self._known[id(weight)] = (weight, weight.data_ptr(), state, view)
+        return view
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_known": {}}
+
+
+def linear_view(module: nn.Module, cache: FourBitCache | None = None) -> LinearView:
     """What a projection is right now: base weight, bias, active adapter.
 
     Raises:
@@ -55,13 +83,14 @@ def linear_view(module: nn.Module) -> LinearView:
 
     if isinstance(module, ModulesToSaveWrapper):
         module = saved_module(module)
+    cache = FourBitCache() if cache is None else cache
     if not isinstance(module, BaseTunerLayer):
-        return LinearView(weight=_weight(module), bias=module.bias)  # type: ignore[arg-type]
+        return LinearView(weight=_weight(module, cache), bias=module.bias)  # type: ignore[arg-type]
     if not isinstance(module, LoraLayer):
         raise Refusal("adapter-kind", f"an adapter of kind {type(module).__name__}")
     base = module.get_base_layer()
     lora = _active_lora(module)
-    return LinearView(weight=_weight(base), bias=base.bias, lora=lora)  # type: ignore[arg-type]
+    return LinearView(weight=_weight(base, cache), bias=base.bias, lora=lora)  # type: ignore[arg-type]
 
 
 def saved_module(wrapper: Any) -> nn.Module:
@@ -104,10 +133,10 @@ def _active_lora(layer: Any) -> Lora | None:
     )
 
 
-def _weight(module: nn.Module) -> Tensor | FourBitWeight:
+def _weight(module: nn.Module, cache: FourBitCache) -> Tensor | FourBitWeight:
     weight = module.weight
     if getattr(weight, "quant_state", None) is not None:
-        return from_bitsandbytes(weight)
+        return cache.view(weight)  # type: ignore[arg-type]
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return weight  # type: ignore[return-value]
     raise Refusal("weight-kind", f"a {type(module).__module__}.{type(module).__name__}")

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from hotloop_gguf.writer import Block
 
-_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}
+_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 """Values encoded at once: on a CPU what its second-level cache holds, on a GPU what keeps it busy."""
 _FLOAT16_MAX = 65504.0
 

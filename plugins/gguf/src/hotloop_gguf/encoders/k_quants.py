@@ -6,8 +6,8 @@ with the least weighted squared error, by weighted least squares; then the scale
 quantised, and the values rounded again with what a reader will decode. Where ggml stops there, this
 also tries the neighbours of the quantised scales, which costs a little and lowers the error.
 
-Inside, the values of a group lie along the first axis (shapes [group, groups] and [1, groups]), so that
-every operation runs along contiguous memory: three times as fast on a CPU as the other way round.
+Inside, the values of a group lie along the first axis (shapes [group, groups] and [1, groups]): sums over
+a group then add whole rows of memory, which a CPU does twice as fast as adding 32 neighbours.
 """
 
 from __future__ import annotations
@@ -136,7 +136,10 @@ def _nearby_affine(
             error = q.mul_(s).sub_(low).sub_(x).square_().sum(0).reshape(sc.shape)
             better = error < best
             best = torch.where(better, error, best)
-            kept_sc, kept_m = torch.where(better, near_sc, kept_sc), torch.where(better, near_m, kept_m)
+            kept_sc, kept_m = (
+                torch.where(better, near_sc, kept_sc),
+                torch.where(better, near_m, kept_m),
+            )
     return kept_sc, kept_m, rounded(kept_sc, kept_m)[0]
 
 

@@ -84,6 +84,10 @@ class LinearGroup:
         e = torch.empty(
             self.n + self.columns, self.k + self.columns, dtype=self.dtype, device=self.device
         )
+        if implementation("lora_linear", self.device).extend(
+            self.views, self.rows, self.ranks, e, n=self.n, k=self.k, bias_column=self.rank
+        ):
+            return e
         for view, rows in zip(self.views, self.rows, strict=True):
             target = e[rows, : self.k]
             if isinstance(view.weight, FourBitWeight):

@@ -60,3 +60,17 @@ def fill_columns(
                 a_CK[r] = (view.lora.a_RK.detach() * view.lora.scale).to(a_CK.dtype)
         if view.bias is not None:
             b_NC[n, bias_column] = view.bias.detach().to(b_NC.dtype)
+
+
+def extend(
+    views: Sequence[LinearView],
+    rows: Sequence[slice],
+    ranks: Sequence[slice],
+    e: Tensor,
+    *,
+    n: int,
+    k: int,
+    bias_column: int,
+) -> bool:
+    """False: the reference fills E piece by piece, weights first, then `fill_columns`."""
+    return False

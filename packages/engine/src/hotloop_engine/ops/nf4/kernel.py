@@ -49,7 +49,8 @@ def _block_scale(
 
 
 @triton.jit
-def _dequantize(
+def dequantize_tile(
+    tile,
     packed_ptr,
     absmax_ptr,
     code_ptr,
@@ -67,13 +68,13 @@ def _dequantize(
     LOOKUP: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """W[n, k] = code[packed] * absmax[block]; the equation's source stands at `Dequantize4bit`.
+    """Tile number `tile` of W[n, k] = code[packed] * absmax[block]; source: `Dequantize4bit`.
 
     packed uint8, or int32 words of 8 codes with WHOLE_WORDS (K and BLOCKSIZE multiples of 8, so
     that a word lies in one row and in one block); out rows of `out_pitch` elements. K is a
     constant because the division of every word's index by it is then a multiplication.
     """
-    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    word = tile * WORDS + tl.arange(0, WORDS)
     lane = tl.arange(0, 8)
     if WHOLE_WORDS:
         mask = word < values // 8
@@ -118,6 +119,46 @@ def _dequantize(
     else:
         normal = tl.load(code_ptr + codes)
     tl.store(out_ptr + to, (normal * scale).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dequantize(
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    nested_offset_ptr,
+    out_ptr,
+    out_pitch,
+    values,
+    K: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    NESTED_BLOCKSIZE: tl.constexpr,
+    WHOLE_WORDS: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    dequantize_tile(
+        tl.program_id(0),
+        packed_ptr,
+        absmax_ptr,
+        code_ptr,
+        nested_absmax_ptr,
+        nested_code_ptr,
+        nested_offset_ptr,
+        out_ptr,
+        out_pitch,
+        values,
+        K,
+        BLOCKSIZE,
+        NESTED,
+        NESTED_BLOCKSIZE,
+        WHOLE_WORDS,
+        LOOKUP,
+        WORDS,
+    )
 
 
 def forward(weight: FourBitWeight, *, out: Tensor, lookup: Lookup = "gather") -> Tensor:

@@ -1,0 +1,244 @@
+"""The suite that a family passes: what its plugin says is what transformers computes, no more and no less."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+import torch
+from hotloop_core import Plan, discover, facts_of
+from hotloop_core.errors import UnsupportedError
+from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL
+
+from .conformance import Conformance, assert_import_is_light, module_of, plugin_with
+from .numerics import assert_no_worse_than
+from .tiny import assert_same_bits, batch, build, gradients, tokenizer, with_lora
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hotloop_core import FamilySpec
+    from hotloop_core.plan import LayerPlan
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+SLACK = 0.3
+"""How much larger than eager's an error may be: with models this small the rounding of one tensor is a matter of luck."""
+CASES = [
+    (kind, precision)
+    for kind in ("dense", "padded", "packed")
+    for precision in ("float32", "bfloat16")
+] + [("dense", "float16")]
+
+
+class FamilyConformance(Conformance, kit=True):
+    """Checks one family against one tiny config.
+
+    Subclass it once for each kind of config that the family has:
+
+        class TestLlama(FamilyConformance):
+            spec = LLAMA
+
+            def tiny_config(self):
+                return LlamaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=320, ...)
+
+    spec: as the installed plugin offers it. tiny_config: two layers or more (one of each kind), hidden size about 64,
+    at least 300 tokens.
+    """
+
+    spec: ClassVar[FamilySpec]
+
+    def tiny_config(self) -> PreTrainedConfig:
+        """The config to check, new for each call."""
+        raise NotImplementedError(f"{type(self).__name__} has no tiny_config(); return a config")
+
+    def test_the_plugin_is_installed_and_its_import_is_light(self) -> None:
+        assert_import_is_light(module_of(plugin_with("families", self.spec)))
+
+    def test_the_registry_finds_the_family(self) -> None:
+        config = self.tiny_config().to_dict()
+        assert discover().match(config, family=self.spec.name) is self.spec
+
+    def test_every_layer_is_covered_and_nothing_is_claimed_twice(self) -> None:
+        from hotloop.wiring import check_layer
+
+        model = build(self.tiny_config())
+        config = model.config.to_dict()
+        layers = list(model.get_submodule(self.spec.layers))
+        for index, layer in enumerate(layers):
+            check_layer(f"{self.spec.layers}.{index}", layer, self.spec.layer_spec(config, index))
+        paths = (self.spec.embedding, self.spec.final_norm, self.spec.head)
+        claimed = (f"{self.spec.layers}.", *(f"{path}." for path in paths))
+        left = [n for n, _ in model.named_parameters() if not n.startswith(claimed)]
+        assert not left, f"outside the layers, the description does not claim {left}"
+
+    def test_the_facts_are_those_of_the_model(self) -> None:
+        from hotloop.lora import projections
+
+        model = build(self.tiny_config())
+        config = model.config.to_dict()
+        facts = facts_of(self.spec, config)
+        shapes = facts.linear_shapes()
+        biases = {"q": facts.qkv_bias, "o": facts.o_bias, "gate": facts.mlp_bias}
+        layer = model.get_submodule(f"{self.spec.layers}.0")
+        for role, path in projections(self.spec, config).items():
+            linear = layer.get_submodule(path)
+            assert tuple(linear.weight.shape) == shapes[role], role
+            assert biases.get(role, linear.bias is not None) == (linear.bias is not None), role
+        embedding = model.get_submodule(self.spec.embedding)
+        head = model.get_submodule(self.spec.head)
+        assert embedding is model.get_input_embeddings() and head is model.get_output_embeddings()
+        assert tuple(embedding.weight.shape) == (facts.vocab_size, facts.hidden_size)
+        assert facts.tied == (head.weight is embedding.weight)
+        assert len(model.get_submodule(self.spec.layers)) == facts.layers == len(facts.windows)
+
+    @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
+    @pytest.mark.parametrize("kind, precision", CASES)
+    def test_loss_and_every_gradient_are_no_worse_than_eager(
+        self, kind: str, precision: str, lora: bool
+    ) -> None:
+        from hotloop.verify import verify
+
+        model = self._model(lora=lora)
+        inputs = batch(kind, model.config.vocab_size)
+        report = verify(model, inputs, dtype=getattr(torch, precision), slack=SLACK)
+        assert report.ok, str(report)
+        silent = [row.name for row in report.rows if row.eager == 0 and row.name != "loss"]
+        assert not silent, f"nothing was compared for {silent}"
+
+    @pytest.mark.parametrize("kind", ["dense", "padded"])
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+    def test_logits_are_no_worse_than_eager(self, kind: str, precision: str) -> None:
+        model = self._model(lora=True).eval()
+        inputs = batch(kind, model.config.vocab_size)
+        del inputs["labels"]
+        real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        exact = copy.deepcopy(model).double()
+
+        def logits(of: nn.Module) -> dict[str, torch.Tensor]:
+            return {"logits": of(**inputs, use_cache=False).logits[real]}
+
+        with torch.no_grad():
+            truth = logits(exact)
+            low = precision != "float32"
+            with torch.autocast("cpu", getattr(torch, precision), enabled=low):
+                eager = logits(model)
+                self._wire(model)
+                assert_no_worse_than(logits(model), eager, truth, slack=SLACK)
+
+    def test_wiring_before_or_after_the_adapter_gives_the_same_bits(self) -> None:
+        first, second = self._model(lora=True), self._model(lora=False)
+        self._wire(first)
+        self._wire(second)
+        second = with_lora(second, self.spec)
+        inputs = batch("dense", first.config.vocab_size)
+        assert_same_bits(gradients(second, inputs), gradients(first, inputs))
+
+    def test_undo_restores_every_bit(self) -> None:
+        model = self._model(lora=True)
+        inputs = batch("padded", model.config.vocab_size)
+        before, classes = gradients(model, inputs), [type(m) for m in model.modules()]
+        self._wire(model).undo()
+        assert [type(m) for m in model.modules()] == classes
+        assert_same_bits(gradients(model, inputs), before)
+
+    @pytest.mark.parametrize("kind", ["dense", "packed"])
+    def test_keeping_and_recomputing_give_the_same_bits(self, kind: str) -> None:
+        model = self._model(lora=True)
+        inputs = batch(kind, model.config.vocab_size)
+        receipt = self._wire(model, KEEP_ALL)
+        kept = gradients(model, inputs)
+        receipt.replan(_plan(model, RECOMPUTE_ALL))
+        assert_same_bits(gradients(model, inputs), kept)
+
+    def test_a_packed_row_does_not_see_its_neighbours(self) -> None:
+        model = self._model(lora=True)
+        self._wire(model)
+        inputs = batch("packed", model.config.vocab_size)
+        inputs["labels"][:, :34] = -100  # only the last row is trained
+        before = gradients(model, inputs)
+        inputs["input_ids"][:, :34] = inputs["input_ids"][:, :34].flip(1)
+        assert_same_bits(
+            {"loss": gradients(model, inputs)["loss"]}, {"loss": before["loss"]}
+        )
+
+    def test_two_models_live_side_by_side(self) -> None:
+        wired, plain = self._model(lora=True), self._model(lora=True)
+        inputs = batch("dense", plain.config.vocab_size)
+        before = gradients(plain, inputs)
+        self._wire(wired, RECOMPUTE_ALL)
+        assert_same_bits(gradients(plain, inputs), before)
+        assert_no_worse_than(gradients(wired, inputs), before, before, floor=1e-4)
+
+    def test_generation_gives_the_same_text(self) -> None:
+        model = self._model(lora=True).eval()
+        inputs = batch("padded", model.config.vocab_size)
+        ids, mask = inputs["input_ids"][1:], inputs["attention_mask"][1:]  # padded on the left
+        options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+        expected = model.generate(input_ids=ids, attention_mask=mask, **options)
+        self._wire(model)
+        found = model.generate(input_ids=ids, attention_mask=mask, **options)
+        assert torch.equal(found, expected)
+
+    def test_state_dict_and_config_are_unchanged(self) -> None:
+        model = self._model(lora=True)
+        keys, config = list(model.state_dict()), model.config.to_json_string()
+        self._wire(model)
+        assert list(model.state_dict()) == keys
+        assert model.config.to_json_string() == config
+        saved = io.BytesIO()
+        torch.save(model.state_dict(), saved)
+        saved.seek(0)
+        model.load_state_dict(torch.load(saved, weights_only=True))
+
+    def test_safetensors_export_comes_back(self, tmp_path: Path) -> None:
+        from hotloop.exporting import export
+        from transformers import AutoModelForCausalLM
+
+        _require_format("safetensors")
+        model = self._model(lora=True).eval()
+        self._wire(model)
+        export(model, None, tmp_path, format="safetensors", quant="32bit")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        inputs = {"input_ids": batch("dense", model.config.vocab_size)["input_ids"]}
+        with torch.no_grad():
+            expected, found = model(**inputs).logits, loaded(**inputs).logits
+        torch.testing.assert_close(found, expected + 0, rtol=1e-4, atol=1e-5)
+
+    def test_gguf_export_comes_back(self, tmp_path: Path) -> None:
+        from hotloop.exporting import export
+        from hotloop.loading import load
+
+        _require_format("gguf")
+        model = self._model(lora=False)
+        words = tokenizer(model.config.vocab_size)
+        if "gguf" not in self.spec.exports:
+            with pytest.raises(UnsupportedError, match="gguf"):
+                export(model, words, tmp_path, format="gguf", quant="f32")
+            return
+        report = export(model, words, tmp_path, format="gguf", quant="f32", name="tiny")
+        loaded, _ = load(
+            report.files[0].path, bits=16, dtype="float32", max_seq_len=64, wire=False, device="cpu"
+        )
+        assert_same_bits(dict(loaded.state_dict()), dict(model.state_dict()))
+
+    def _model(self, *, lora: bool) -> nn.Module:
+        model = build(self.tiny_config())
+        return with_lora(model, self.spec) if lora else model
+
+    def _wire(self, model: nn.Module, layer: LayerPlan = KEEP_ALL):  # noqa: ANN202 - hotloop.wiring.Receipt
+        from hotloop.wiring import wire
+
+        return wire(model, _plan(model, layer), family=self.spec.name, deterministic=True)
+
+
+def _plan(model: nn.Module | PreTrainedModel, layer: LayerPlan) -> Plan:
+    layers = model.config.num_hidden_layers  # type: ignore[union-attr]
+    return Plan(layers=(layer,) * layers, tokens=128, longest=128)
+
+
+def _require_format(name: str) -> None:
+    if all(exporter.name != name for exporter in discover().exporters):
+        pytest.skip(f"no exporter for {name!r} is installed (`uv add hotloop-{name}`)")

@@ -1,0 +1,97 @@
+"""Small models, batches and a tokenizer for the suites."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from hotloop_core import FamilySpec
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+LENGTH = 40
+ROWS = 3
+LORA_STD = 0.02
+
+
+def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """The ...ForCausalLM of a config in fp32, with norms and biases that are not all one or zero."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.train()
+
+
+def with_lora(model: nn.Module, spec: FamilySpec, seed: int = 1) -> nn.Module:
+    """Adapters on every projection that the family describes, B not zero, so that each gradient counts."""
+    from hotloop.lora import projections
+    from peft import LoraConfig, get_peft_model
+
+    paths = projections(spec, model.config.to_dict())  # type: ignore[union-attr,operator]
+    targets = [path.rpartition(".")[2] for path in paths.values()]
+    torch.manual_seed(seed)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))  # type: ignore[arg-type]
+    for name, parameter in adapted.named_parameters():
+        if ".lora_B." in name:
+            nn.init.normal_(parameter, std=LORA_STD)
+    return adapted
+
+
+def batch(kind: str, vocabulary: int) -> dict[str, Tensor]:
+    """A batch of `kind` "dense", "padded" (left and right) or "packed" (lengths 1 and 2 among them)."""
+    rows = 1 if kind == "packed" else ROWS
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, vocabulary, (rows, LENGTH * ROWS // rows), generator=generator)
+    inputs = {"input_ids": ids, "labels": ids.clone()}
+    if kind == "padded":
+        mask = torch.ones_like(ids)
+        mask[0, LENGTH - 11 :], mask[1, :7] = 0, 0
+        inputs["attention_mask"] = mask
+    if kind == "packed":
+        lengths = (31, 1, 2, LENGTH * ROWS - 34)
+        inputs["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None]
+    return inputs
+
+
+def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The loss and each gradient of one step, by name."""
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Fails where two sets of tensors differ in name or in any bit."""
+    assert found.keys() == expected.keys()
+    changed = [name for name in found if not torch.equal(found[name], expected[name])]
+    assert not changed, f"{len(changed)} of {len(found)} differ: {', '.join(changed[:5])}"
+
+
+def tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with GPT-2's pre-tokenizer and `size` tokens, three of them special (size at least 259)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["<s>", "</s>", "<pad>", *alphabet]
+    merges: list[tuple[str, str]] = []
+    for first in alphabet:
+        for second in alphabet:
+            if len(words) < size:
+                words.append(first + second)
+                merges.append((first, second))
+    vocabulary = {word: index for index, word in enumerate(words)}
+    backend = Tokenizer(models.BPE(vocabulary, merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
