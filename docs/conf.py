@@ -25,31 +25,48 @@ autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 
-_SECTION = re.compile(r"(Args|Returns|Raises|Yields|Law)s?:$")
+_SECTION = re.compile(r"(Args|Returns|Raises|Yields):$")
+_FIELD = re.compile(r"([a-z]\w*(?:, \w+)*): +(?=\S)")
 
 
 def plain_text(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
-    """Escapes what reST would take for markup, outside backticks; an indented formula becomes a literal block."""
-    literal = False
+    """Makes reST of a plain docstring, up to its first Google section, which is napoleon's.
+
+    A line `name: what it is` becomes an item of a list, an indented block a literal one, and what reST would take for
+    markup is escaped outside backticks.
+    """
     result: list[str] = []
+    section = literal = item = False
     for number, line in enumerate(lines):
+        blank_before = number == 0 or not lines[number - 1].strip()
+        section = section or bool(_SECTION.match(line))
+        if section or not line.strip():
+            item = item and bool(line.strip())
+            result.append(line if not section else _escaped(line))
+            continue
         indented = line.startswith("    ")
-        after_blank = number > 0 and not lines[number - 1].strip()
-        inside = any(_SECTION.match(above) for above in _open_headings(lines[:number]))
-        if indented and after_blank and not inside and not literal:
-            result += ["::", ""]
-            literal = True
-        elif line.strip() and not indented:
-            literal = False
-        result.append(line if literal else _escaped(line))
+        if literal and indented:
+            result.append(line)
+            continue
+        literal = indented and blank_before
+        if literal:
+            result += ["::", "", line]
+            continue
+        field = _FIELD.match(line)
+        if field:
+            result += [
+                *([] if item or blank_before else [""]),
+                f"- **{field[1]}**: {_escaped(line[field.end() :])}",
+            ]
+            item = True
+        elif line.startswith("- "):
+            result.append(_escaped(line))
+            item = True
+        else:
+            result.append(("  " if item else "") + _escaped(line.strip()))
     lines[:] = result
-
-
-def _open_headings(lines: list[str]) -> list[str]:
-    """The last line that begins at the margin."""
-    return [line for line in lines if line.strip() and not line.startswith(" ")][-1:]
 
 
 def _escaped(line: str) -> str:

@@ -100,6 +100,7 @@ def workplace(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # Trainer's default, on a CPU
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
 def test_its_python_runs(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for source in _files_of(page, workplace):

@@ -155,7 +155,7 @@ def test_the_kernel_fills_what_the_reference_fills(device, sizes, rank, bias, sk
         for _ in range(2)
     )
     for target, op in ((found, kernel), (expected, reference)):
-        op.fill_columns(views, group.rows, group.ranks, *target, bias_column=group.rank)
+        op.fill_columns(group, *target)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -188,7 +188,6 @@ def test_one_launch_extends_4bit_weights_as_the_pieces_do(device, sizes, rank, b
     found, expected = (torch.zeros(size, device=device) for _ in range(2))
     for view, rows in zip(views, group.rows, strict=True):
         nf4.forward(view.weight, out=expected[rows, :64])
-    edges = (group.views, group.rows, group.ranks)
-    fill_columns(*edges, expected[: group.n, 64:], expected[group.n :, :64], bias_column=group.rank)
-    assert kernel.extend(*edges, found, n=group.n, k=64, bias_column=group.rank)
+    fill_columns(group, expected[: group.n, 64:], expected[group.n :, :64])
+    assert kernel.extend(group, found)
     assert torch.equal(found, expected)

@@ -1,21 +1,12 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from hotloop.wiring import receipt_of, wire
-from hotloop_core import Plan
-from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL
-from hotloop_testkit.numerics import assert_no_worse_than
-from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-)
+from hotloop.wiring import wire
+from hotloop_core.errors import UnsupportedError
+from hotloop_gemma import GEMMA, GEMMA2, GEMMA3
+from hotloop_testkit.family import FamilyConformance
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig
 
 SIZES = {
     "hidden_size": 64,
@@ -23,131 +14,99 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "vocab_size": 101,
-    "max_position_embeddings": 128,
+    "vocab_size": 320,
+    "max_position_embeddings": 256,
     "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
 }
-CASES = {
-    "gemma": (GemmaConfig, {"head_dim": 32, "num_key_value_heads": 1}),
-    "gemma2": (
-        Gemma2Config,
-        {
-            "head_dim": 32,
-            "sliding_window": 5,
-            "query_pre_attn_scalar": 24,
-            "attn_logit_softcapping": 2.0,
-            "final_logit_softcapping": 3.0,
-        },
-    ),
-    "gemma3": (
-        Gemma3TextConfig,
-        {
-            "head_dim": 32,
-            "sliding_window": 5,
-            "query_pre_attn_scalar": 24,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-        },
-    ),
-}
-LENGTHS = [5, 1, 11]
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-every_case = pytest.mark.parametrize("case", CASES)
+# The scale is that of head_dim, as llama.cpp has it; another one is checked without export, below.
+WINDOWED = {**SIZES, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 9}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
-def tiny(case: str, lora: bool = False):
-    """The model as its config class makes it, norms and biases away from where they start."""
-    config, changes = CASES[case]
+class TestGemma(FamilyConformance):
+    """Gemma 2B: one key/value head, wide heads."""
+
+    spec = GEMMA
+
+    def tiny_config(self):
+        return GemmaConfig(**{**SIZES, "num_key_value_heads": 1, "head_dim": 32})
+
+    @pytest.mark.xfail(
+        reason="hotloop.loading takes the config from transformers, which has no gemma"
+    )
+    def test_gguf_export_comes_back(self, tmp_path):
+        super().test_gguf_export_comes_back(tmp_path)
+
+
+class TestGemma2(FamilyConformance):
+    """Soft caps that bite, every other layer windowed."""
+
+    spec = GEMMA2
+
+    def tiny_config(self):
+        caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
+        return Gemma2Config(**WINDOWED, **caps)
+
+    @pytest.mark.parametrize("kind", ["dense", "padded"])
+    @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+    @pytest.mark.xfail(
+        strict=False,
+        reason="padded: transformers' eager attention takes its softmax in fp32, where the mask of the kit's fp64 truth "
+        "is -inf: a padding token that sees nothing is NaN",
+    )
+    def test_logits_are_no_worse_than_eager(self, kind, precision):
+        super().test_logits_are_no_worse_than_eager(kind, precision)
+
+    @pytest.mark.xfail(
+        reason="a GGUF file holds 1 + w in fp32: w comes back rounded, not bit for bit"
+    )
+    def test_gguf_export_comes_back(self, tmp_path):
+        super().test_gguf_export_comes_back(tmp_path)
+
+
+class TestGemma3(FamilyConformance):
+    """Norms over each head; the two kinds of layer rotate differently."""
+
+    spec = GEMMA3
+
+    def tiny_config(self):
+        full = {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0}
+        sliding = {"rope_type": "default", "rope_theta": 100.0}
+        rope = {"full_attention": full, "sliding_attention": sliding}
+        return Gemma3TextConfig(**WINDOWED, layer_types=MIXED, rope_parameters=rope)
+
+    @pytest.mark.xfail(
+        reason="a GGUF file holds 1 + w in fp32: w comes back rounded, not bit for bit"
+    )
+    def test_gguf_export_comes_back(self, tmp_path):
+        super().test_gguf_export_comes_back(tmp_path)
+
+
+@pytest.mark.parametrize("config", [Gemma2Config, Gemma3TextConfig])
+def test_the_attention_scale_is_that_of_query_pre_attn_scalar(config):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        config(**{**SIZES, **changes}), attn_implementation="eager"
-    )
-    for name, parameter in model.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    if not lora:
-        return model
-    adapter = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, init_lora_weights=False)
-    return get_peft_model(model, adapter)
+    model = AutoModelForCausalLM.from_config(config(**{**WINDOWED, "query_pre_attn_scalar": 5}))
+    ids = torch.arange(3, 43)[None]
+    expected = model(input_ids=ids, labels=ids).loss
+    wire(model)
+    torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
 
 
-def ids(rows: int = 2):
-    return torch.randint(1, 101, (rows, sum(LENGTHS)), generator=torch.Generator().manual_seed(3))
+def test_generation_with_a_static_cache_gives_the_same_text():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**WINDOWED, layer_types=MIXED)).eval()
+    ids = torch.randint(3, 320, (2, 17))
+    options = {"max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    wire(model)
+    found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(found, expected)
 
 
-def padded():
-    mask = torch.ones(2, sum(LENGTHS), dtype=torch.long)
-    mask[0, 11:], mask[1, :4] = 0, 0
-    labels = ids().masked_fill(mask == 0, -100)
-    labels[1, 4] = -100  # in eager the padding before it predicts it; here padding predicts nothing
-    return {"input_ids": ids(), "labels": labels, "attention_mask": mask}
-
-
-def loss_and_gradients(model, *batches):
-    """Of the sum of the batches' losses, each a mean over its targets, times their number."""
-    model.zero_grad(set_to_none=True)
-    loss = sum((b["labels"][:, 1:] != -100).sum() * model(**b).loss for b in batches)
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}
-
-
-def wired(model, layer=KEEP_ALL):
-    layers = (layer,) * model.config.num_hidden_layers
-    return wire(model, Plan(layers=layers, tokens=34, longest=17))
-
-
-@every_case
-@pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
-def test_loss_and_every_gradient_are_those_of_eager(case, lora):
-    model = tiny(case, lora)
-    batches = {"dense": {"input_ids": ids(), "labels": ids()}, "padded": padded()}
-    expected = {name: loss_and_gradients(model, batch) for name, batch in batches.items()}
-    for layer in (KEEP_ALL, RECOMPUTE_ALL):
-        receipt = wired(model, layer)
-        assert not receipt.left_alone
-        for name, batch in batches.items():
-            found = loss_and_gradients(model, batch)
-            assert_no_worse_than(found, expected[name], expected[name], floor=2e-5)
-        receipt.undo()
-
-
-@every_case
-def test_packed_rows_are_the_rows_apart(case):
-    model = tiny(case, lora=True)
-    rows = [{"input_ids": r, "labels": r} for r in ids(1).split(LENGTHS, 1) if r.shape[1] > 1]
-    expected = loss_and_gradients(model, *rows)
-    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
-    labels = ids(1).masked_fill(positions == 0, -100)
-    wired(model)
-    found = loss_and_gradients(
-        model, {"input_ids": ids(1), "labels": labels, "position_ids": positions}
-    )
-    assert_no_worse_than(found, expected, expected, floor=2e-5)
-
-
-@every_case
-def test_generation_is_unchanged_and_undo_restores_every_bit(case):
-    model = tiny(case)
-    batch = {"input_ids": ids(), "labels": ids()}
-    before, classes = loss_and_gradients(model, batch), [type(m) for m in model.modules()]
-    mask = torch.ones_like(ids())
-    mask[1, :4] = 0
-
-    def text():
-        return model.generate(
-            input_ids=ids(), attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0
-        )
-
-    expected = text()
-    receipt = wired(model)
-    assert torch.equal(text(), expected)
-    receipt.undo()
-    after = loss_and_gradients(model, batch)
-    assert [type(m) for m in model.modules()] == classes and receipt_of(model) is None
-    assert all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_importing_the_plugin_loads_neither_torch_nor_transformers_nor_triton():
-    heavy = "{'torch', 'transformers', 'triton', 'numpy'}"
-    code = f"import sys, hotloop_gemma; assert not {heavy} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_a_model_that_attends_in_both_directions_is_refused():
+    config = Gemma3TextConfig(**WINDOWED, layer_types=MIXED, use_bidirectional_attention=True)
+    with pytest.raises(UnsupportedError, match="both directions"):
+        wire(AutoModelForCausalLM.from_config(config))

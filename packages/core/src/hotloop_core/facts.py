@@ -184,7 +184,8 @@ def _flag(config: Config, value: bool | str) -> bool:
 
 def _activation(config: Config, family: FamilySpec) -> Activation:
     key = family.keys.activation
-    name, known = config.get(key), {**_ACTIVATIONS, **family.keys.activations}
+    name = config.get(key)
+    known: dict[str, Activation] = {**_ACTIVATIONS, **family.keys.activations}
     if not isinstance(name, str) or name not in known:
         raise UnsupportedError(
             f"config.json: {key!r} is {name!r}; the engine has {', '.join(sorted(known))}. "

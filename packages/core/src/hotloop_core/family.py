@@ -158,8 +158,8 @@ class ConfigKeys:
     layer_types: str | None = "layer_types"
     window_pattern: str | int | None = None
     window_start: str | None = None
-    activations: Mapping[str, Activation] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    activations: Mapping[str, Activation] = field(default_factory=dict[str, "Activation"])
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +175,12 @@ class ExportFacts:
     """
 
     architecture: str
-    names: Mapping[str, str] = field(default_factory=dict)
-    transforms: Mapping[str, str] = field(default_factory=dict)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    implied: Mapping[str, Callable[[ModelFacts], Any]] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
+    transforms: Mapping[str, str] = field(default_factory=dict[str, str])
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    implied: Mapping[str, Callable[[ModelFacts], Any]] = field(
+        default_factory=dict[str, "Callable[[ModelFacts], Any]"]
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +202,7 @@ class FamilySpec:
     embedding: str = "model.embed_tokens"
     final_norm: str = "model.norm"
     head: str = "lm_head"
-    exports: Mapping[str, ExportFacts] = field(default_factory=dict)
+    exports: Mapping[str, ExportFacts] = field(default_factory=dict[str, ExportFacts])
     examples: tuple[str, ...] = ()
 
     def layer_spec(self, config: Config, index: int) -> LayerSpec:

@@ -76,7 +76,7 @@ class LayerPlan:
     weights are streamed.
     """
 
-    placements: Mapping[str, Placement] = field(default_factory=dict)
+    placements: Mapping[str, Placement] = field(default_factory=dict[str, Placement])
     streamed: bool = False
 
     def placement(self, name: str) -> Placement:
@@ -117,8 +117,8 @@ class Plan:
     layers: tuple[LayerPlan, ...]
     tokens: int
     longest: int
-    memory: Mapping[str, int] = field(default_factory=dict)
-    step_ms: Mapping[str, float] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict[str, int])
+    step_ms: Mapping[str, float] = field(default_factory=dict[str, float])
     budget: int | None = None
     card: str | None = None
     notes: tuple[str, ...] = ()

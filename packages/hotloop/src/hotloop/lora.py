@@ -92,7 +92,7 @@ def add_lora(
             LoraConfig(
                 task_type="CAUSAL_LM",
                 r=r,
-                lora_alpha=alpha,
+                lora_alpha=alpha,  # pyright: ignore[reportArgumentType] - PEFT divides by r, whatever it is
                 lora_dropout=dropout,
                 target_modules=names,
                 bias=bias,

@@ -107,4 +107,6 @@ def assert_import_is_light(module: str) -> None:
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.returncode == 0, f"importing {module} failed:\n{run.stderr}"
     loaded = run.stdout.split()
-    assert not loaded, f"importing {module} loads {', '.join(loaded)}; import these inside functions"
+    assert not loaded, (
+        f"importing {module} loads {', '.join(loaded)}; import these inside functions"
+    )

@@ -1,5 +1,7 @@
 """The suite that a family passes: what its plugin says is what transformers computes, no more and no less."""
 
+# ruff: noqa: D102 - the name of a check is its claim
+
 from __future__ import annotations
 
 import copy
@@ -19,13 +21,14 @@ from .tiny import assert_same_bits, batch, build, gradients, tokenizer, with_lor
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from hotloop.wiring import Receipt
     from hotloop_core import FamilySpec
     from hotloop_core.plan import LayerPlan
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 SLACK = 0.3
-"""How much larger than eager's an error may be: with models this small the rounding of one tensor is a matter of luck."""
+"""How much larger than eager's an error may be. Models this small have few roundings, so chance weighs more."""
 CASES = [
     (kind, precision)
     for kind in ("dense", "padded", "packed")
@@ -160,9 +163,7 @@ class FamilyConformance(Conformance, kit=True):
         inputs["labels"][:, :34] = -100  # only the last row is trained
         before = gradients(model, inputs)
         inputs["input_ids"][:, :34] = inputs["input_ids"][:, :34].flip(1)
-        assert_same_bits(
-            {"loss": gradients(model, inputs)["loss"]}, {"loss": before["loss"]}
-        )
+        assert_same_bits({"loss": gradients(model, inputs)["loss"]}, {"loss": before["loss"]})
 
     def test_two_models_live_side_by_side(self) -> None:
         wired, plain = self._model(lora=True), self._model(lora=True)
@@ -228,7 +229,7 @@ class FamilyConformance(Conformance, kit=True):
         model = build(self.tiny_config())
         return with_lora(model, self.spec) if lora else model
 
-    def _wire(self, model: nn.Module, layer: LayerPlan = KEEP_ALL):  # noqa: ANN202 - hotloop.wiring.Receipt
+    def _wire(self, model: nn.Module, layer: LayerPlan = KEEP_ALL) -> Receipt:
         from hotloop.wiring import wire
 
         return wire(model, _plan(model, layer), family=self.spec.name, deterministic=True)

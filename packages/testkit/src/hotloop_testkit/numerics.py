@@ -41,7 +41,9 @@ def assert_no_worse_than(
     not make every other correct rounding a failure.
     """
     if not (ours.keys() == eager.keys() == truth.keys()):
-        raise AssertionError(f"compared sets differ: {sorted(ours)}, {sorted(eager)}, {sorted(truth)}")
+        raise AssertionError(
+            f"compared sets differ: {sorted(ours)}, {sorted(eager)}, {sorted(truth)}"
+        )
     failures: list[str] = []
     for name, mine in ours.items():
         theirs, exact = eager[name], truth[name]

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 LENGTH = 40
 ROWS = 3
 LORA_STD = 0.02
+NORM_STD = 0.1
+BIAS_STD = 0.01
+"""Small: a bias that all values of attention share cancels in the gradients of q and k, and what is left of them is
+rounding, in any attention that keeps only its output (measured with 0.1: 5 % error of these in bf16)."""
 
 
 def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
@@ -22,9 +26,10 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+            std = BIAS_STD if name.endswith("bias") else NORM_STD
+            parameter.data += std * torch.randn_like(parameter)
     return model.train()
 
 

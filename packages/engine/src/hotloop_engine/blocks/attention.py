@@ -14,7 +14,7 @@ from hotloop_core.kernels import HeadNorm
 from torch import Tensor
 
 from ..attention import Sequences, choose, request
-from ..ops.lora_linear import GradientSink, LinearGroup, LinearView, draw_seeds
+from ..ops.lora_linear import GradientSink, LinearGroup, draw_seeds
 from .context import BlockContext, Norm, NormedInput, NormView, ResidualOutput, Saved
 
 
@@ -43,8 +43,8 @@ class AttentionBlock:
         shape: AttentionShape,
         *,
         norm: NormView | None,
-        qkv: tuple[LinearView, LinearView, LinearView],
-        o: LinearView,
+        qkv: LinearGroup,
+        o: LinearGroup,
         cos_PR: Tensor,
         sin_PR: Tensor,
         sequences: Sequences,
@@ -55,8 +55,7 @@ class AttentionBlock:
         deterministic: bool = False,
     ) -> None:
         self.context, self.shape = context, shape
-        self.qkv = LinearGroup(qkv, context.dtype, context.device)
-        self.o = LinearGroup((o,), context.dtype, context.device)
+        self.qkv, self.o = qkv, o
         self.norm_views = [view for view in (norm, q_norm, k_norm, after) if view is not None]
         self.input = NormedInput(Norm(norm, context) if norm else None, self.qkv, context)
         self.output = ResidualOutput(

@@ -11,7 +11,7 @@ import torch
 from hotloop_core.kernels import Activation
 from torch import Tensor
 
-from ..ops.lora_linear import GradientSink, LinearGroup, LinearView, draw_seeds
+from ..ops.lora_linear import GradientSink, LinearGroup, draw_seeds
 from .context import BlockContext, Norm, NormedInput, NormView, ResidualOutput, Saved
 
 
@@ -27,13 +27,12 @@ class MlpBlock:
         *,
         activation: Activation,
         norm: NormView | None,
-        gate_up: tuple[LinearView, LinearView],
-        down: LinearView,
+        gate_up: LinearGroup,
+        down: LinearGroup,
         after: NormView | None = None,
     ) -> None:
         self.context, self.activation = context, activation
-        self.gate_up = LinearGroup(gate_up, context.dtype, context.device)
-        self.down = LinearGroup((down,), context.dtype, context.device)
+        self.gate_up, self.down = gate_up, down
         self.norm_views = [view for view in (norm, after) if view is not None]
         self.input = NormedInput(Norm(norm, context) if norm else None, self.gate_up, context)
         self.output = ResidualOutput(

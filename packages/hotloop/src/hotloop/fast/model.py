@@ -90,7 +90,7 @@ class FastLanguageModel:
             full_finetuning=full_finetuning,
             placements=_placements(use_gradient_checkpointing),
         )
-        model.max_seq_length = max_seq_length
+        model.__dict__["max_seq_length"] = max_seq_length
         _add_saving(model)
         return model, tokenizer
 
@@ -208,7 +208,7 @@ def _replan(model: PreTrainedModel, placements: Placements | None) -> None:
     receipt.replan(new)
 
 
-def _add_saving(model: PreTrainedModel) -> None:
+def _add_saving(model: PreTrainedModel | PeftModel) -> None:
     from .saving import add_saving
 
     add_saving(model)

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from hotloop_core import ExportReport
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 QUANTIZATION_ALIASES = {"not_quantized": "bf16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
 """Names that such scripts use beside llama.cpp's own."""
 
 
-def add_saving(model: PreTrainedModel) -> None:
+def add_saving(model: PreTrainedModel | PeftModel) -> None:
     """Puts the four methods on this instance.
 
     As partials, not bound methods: a copy or a pickle of the model then saves the copy, not the

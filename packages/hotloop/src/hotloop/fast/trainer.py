@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import ConfigError
 from trl import SFTConfig, SFTTrainer
@@ -34,6 +34,7 @@ class HotloopTrainer(SFTTrainer):
             ConfigError: an embedding learning rate was given, but neither trains.
 
         """
+        model: Any = self.model
         rate = getattr(self.args, "embedding_learning_rate", None)
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*args)
@@ -41,7 +42,7 @@ class HotloopTrainer(SFTTrainer):
             return optimizer
         apart = {
             id(parameter)
-            for module in (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+            for module in (model.get_input_embeddings(), model.get_output_embeddings())
             if module is not None
             for parameter in module.parameters()
             if parameter.requires_grad

@@ -146,7 +146,8 @@ def load(
     if source.adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(source.adapter), is_trainable=True)
+        adapted: Any = PeftModel.from_pretrained(model, str(source.adapter), is_trainable=True)
+        model = adapted
         if planned is not None:
             planned = plan(model, tokens=max_seq_len, vram=vram, placements=placements)
     if wire:
@@ -256,7 +257,7 @@ def _padding(tokenizer: PreTrainedTokenizerBase) -> str:
             "the tokenizer has neither a padding token nor an end-of-sequence token; add one, "
             "resize the embedding and save the model first"
         )
-    return spare[0] if spare else tokenizer.eos_token
+    return spare[0] if spare else str(tokenizer.eos_token)
 
 
 def _weights(
@@ -291,7 +292,7 @@ def _model(name: str, options: dict[str, Any]) -> PreTrainedModel:
 
     # The automatic class wants a path, so tensors in memory go to the class that it would choose.
     in_memory = "state_dict" in options
-    kind = (
+    kind: Any = (
         MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])] if in_memory else AutoModelForCausalLM
     )
     try:

@@ -90,12 +90,13 @@ def _measure(model: PreTrainedModel, optimizer: str) -> Measured:
             nested = getattr(state, "state2", None)
             tensors = [state.absmax] + ([] if nested is None else [nested.absmax])
             frozen += sum(t.numel() * t.element_size() for t in tensors)
+    embedding: Any = model.get_input_embeddings()
     return Measured(
         frozen_bytes=frozen,
         trained_bytes=trained,
         adapted=adapted,
         bits=4 if quantised else 16,
-        width=model.get_input_embeddings().weight.element_size(),
+        width=embedding.weight.element_size(),
         full=bool(trained) and not adapted,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TextStreamer
@@ -45,9 +45,10 @@ def answer(
 
     """
     device = next(model.parameters()).device
-    inputs = tokenizer.apply_chat_template(
+    inputs: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(device)
+    )
+    inputs = inputs.to(device)
     sampling = (
         {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     )

@@ -42,7 +42,9 @@ class GradientWatch:
                 "on them. Check that the model uses them and that nothing in forward detaches."
             )
         self._names = [name for name, _ in trained]
-        self._norms = torch.stack(torch._foreach_norm([p.grad for _, p in trained], float("inf")))
+        self._norms = torch.stack(
+            torch._foreach_norm([p.grad for _, p in trained if p.grad is not None], float("inf"))
+        )
 
     def check(self, step: int) -> None:
         """Judges what `observe` saw last.

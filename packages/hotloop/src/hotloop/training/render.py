@@ -86,7 +86,7 @@ class Renderer:
         )
 
     def _plain(self, prompt: str, completion: str) -> Row:
-        end = self.tokenizer.eos_token or ""
+        end = str(self.tokenizer.eos_token or "")
         text = prompt + completion + end
         start = len(prompt) if self.loss_on == "responses" else 0
         return self._encode(text, [(start, len(text))], special=True)

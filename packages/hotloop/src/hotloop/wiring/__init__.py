@@ -90,7 +90,7 @@ def receipt_of(model: nn.Module) -> Receipt | None:
     return None if state is None else state.receipt
 
 
-def _root(model: nn.Module) -> Any:
+def _root(model: Any) -> Any:
     """The transformers model itself, under PEFT where it is there."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):

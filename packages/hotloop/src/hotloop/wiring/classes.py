@@ -43,7 +43,8 @@ def wired_class(original: type[nn.Module], name: str) -> type[nn.Module]:
     # transformers wraps the forward of a checkpointing layer in `__init_subclass__`, or calls the checkpoint from
     # `__call__` (older versions). The plan decides what is recomputed, so both are passed by: forward is assigned
     # after the class statement, and `__call__` is torch's own unless the role brings one.
-    wired = type(original)(
+    metaclass: Any = type(original)
+    wired: type[nn.Module] = metaclass(
         original.__name__,
         (original,),
         {"__module__": original.__module__, "__qualname__": original.__qualname__},

@@ -19,7 +19,7 @@ from hotloop_engine.blocks import (
     NormView,
     run_blocks,
 )
-from hotloop_engine.ops.lora_linear import LinearView
+from hotloop_engine.ops.lora_linear import LinearGroup
 from torch import Tensor, nn
 
 from .classes import STATE, role
@@ -108,13 +108,14 @@ class LayerState:
     spec: LayerSpec
     shared: Shared
     four_bit: FourBitCache = field(default_factory=FourBitCache)
+    groups: dict[tuple[str, ...], tuple[Any, LinearGroup]] = field(default_factory=dict)
     guard: Guard | None = None
 
     def __post_init__(self) -> None:
         self.paths = module_paths(self.spec)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "guard": None}
+        return {**self.__dict__, "guard": None, "groups": {}}
 
 
 def module_paths(spec: LayerSpec) -> dict[str, str]:
@@ -209,8 +210,13 @@ def build_blocks(
         module = modules.get(role)
         return None if module is None else norm_view(module, spec.norms, facts.norm_eps)
 
-    def linear(role: str) -> LinearView:
-        return linear_view(modules[role], state.four_bit)
+    def group(*roles: str) -> LinearGroup:
+        views = [linear_view(modules[role], state.four_bit) for role in roles]
+        key = (dtype, hidden.device, *(part for view in views for part in view.identity()))
+        known = state.groups.get(roles)
+        if known is None or known[0] != key:  # the group holds the views, so no identity is reused
+            known = state.groups[roles] = (key, LinearGroup(views, dtype, hidden.device))
+        return known[1]
 
     cos, sin = (t.reshape(-1, t.shape[-1]) for t in kwargs["position_embeddings"])
     attention, mlp = spec.attention, spec.mlp
@@ -228,8 +234,8 @@ def build_blocks(
                 interleaved=attention.interleaved,
             ),
             norm=norm("before_attention"),
-            qkv=(linear("q"), linear("k"), linear("v")),
-            o=linear("o"),
+            qkv=group("q", "k", "v"),
+            o=group("o"),
             cos_PR=cos,
             sin_PR=sin,
             sequences=shared.sequences(hidden, kwargs),
@@ -243,8 +249,8 @@ def build_blocks(
             context,
             activation=facts.activation,
             norm=norm("before_mlp"),
-            gate_up=(linear("gate"), linear("up")),
-            down=linear("down"),
+            gate_up=group("gate", "up"),
+            down=group("down"),
             after=norm("after_mlp"),
         ),
     )

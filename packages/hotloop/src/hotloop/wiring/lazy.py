@@ -84,15 +84,15 @@ class LazyTensor(Tensor):
         if (name == "__get__" and owner in _CHEAP) or name in _CHEAP_METHODS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(_plain, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        plain_args, plain_kwargs = tree_map(_plain, (args, kwargs or {}))
+        return func(*plain_args, **plain_kwargs)
 
     @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = tree_map(_plain, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        plain_args, plain_kwargs = tree_map(_plain, (args, kwargs or {}))
+        return func(*plain_args, **plain_kwargs)
 
 
 def _plain(value: Any) -> Any:

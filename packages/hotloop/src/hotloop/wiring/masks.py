@@ -22,7 +22,8 @@ PREFIX = "hotloop_"
 
 
 class LazyMask(LazyTensor):
-    """The mask [B, 1, Q, KV] that the original attention would get; `original()` may also be None or a BlockMask.
+    """The mask [B, 1, Q, KV] that the original attention would get: added to the scores (eager), or true where a
+    query sees a key (the others). `original()` may also be None or a BlockMask.
 
     padding: the 2-D mask [B, KV] (bool) that came with the batch, or None. custom: whether somebody combined the causal
     mask with a function of their own, so that the layers must not take it for causal.
@@ -31,6 +32,10 @@ class LazyMask(LazyTensor):
     padding: Tensor | None
     custom: bool
     _original: Any
+
+    def contiguous(self, **_: Any) -> LazyMask:  # type: ignore[override]
+        """Itself: generation asks for this before any layer has seen the mask."""
+        return self
 
     def original(self) -> Any:
         """What the original implementation's mask function returns, made at the first call."""
@@ -53,19 +58,28 @@ def _mask(original: str, *args: Any, **kwargs: Any) -> LazyMask:
     padding: Tensor | None = kwargs.get("attention_mask")
     device = kwargs.get("device", "cpu" if padding is None else padding.device)
     shape = (kwargs["batch_size"], 1, kwargs["q_length"], kwargs["kv_length"])
-    mask = LazyMask(lambda: _as_tensor(mask.original(), shape, device), shape, torch.bool, device)
+    dtype = kwargs.get("dtype", torch.float32) if original == "eager" else torch.bool
+    offset = kwargs.get("q_offset", 0)
+    if isinstance(
+        offset, Tensor
+    ):  # a static cache counts on in this tensor before the mask is made
+        offset = kwargs["q_offset"] = offset.clone()
+    mask = LazyMask(
+        lambda: _as_tensor(mask.original(), shape, offset, device), shape, dtype, device
+    )
     mask.padding = padding
     mask.custom = bool(kwargs.get("use_vmap", False))
     mask._original = partial(build, *args, **kwargs)
     return mask
 
 
-def _as_tensor(mask: Any, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _as_tensor(
+    mask: Any, shape: tuple[int, ...], offset: int | Tensor, device: torch.device
+) -> Tensor:
     """Only for code that computes with the mask itself; attention functions get `original()`."""
     if isinstance(mask, Tensor):
         return mask
-    q, kv = shape[-2:]
-    return torch.ones(shape, dtype=torch.bool, device=device).tril(kv - q)
+    return torch.ones(shape, dtype=torch.bool, device=device).tril(int(offset))
 
 
 def _attention(

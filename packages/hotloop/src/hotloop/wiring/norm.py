@@ -28,19 +28,20 @@ class NormState:
 def forward(module: nn.Module, own_forward: Callable[..., Any], hidden_states: Tensor) -> Tensor:
     """The norm by the engine's op, in the dtype of its input."""
     state: NormState = module.__dict__[STATE]
+    norm: Any = module
     eps = state.shared.facts.norm_eps
     with torch.autocast(hidden_states.device.type, enabled=False):
         if state.norms.kind == "layer":
             return layer_norm(
                 hidden_states,
-                module.weight,
-                module.bias,
+                norm.weight,
+                norm.bias,
                 eps=eps,
                 impl=state.shared.ops.get("layer_norm"),
             )
         return rms_norm(
             hidden_states,
-            module.weight,
+            norm.weight,
             eps=eps,
             offset=state.norms.offset,
             impl=state.shared.ops.get("rms_norm"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hotloop_core import FamilySpec
@@ -65,7 +65,7 @@ def call(root: nn.Module, own_call: Callable[..., Any], *args: Any, **kwargs: An
     return own_call(*args, **kwargs)
 
 
-def _fused_request(root: nn.Module) -> FusedRequest | None:
+def _fused_request(root: Any) -> FusedRequest | None:
     """Reads what TRL's own closure would compute; None leaves the call to it (outputs that this head does not have)."""
     for name in ("_original_forward", "forward"):
         function = inspect.unwrap(getattr(root.__dict__.get(name), "__func__", call))
@@ -75,7 +75,7 @@ def _fused_request(root: nn.Module) -> FusedRequest | None:
             code = getattr(candidate, "__code__", None)
             if code is None or code.co_name != "_fused_forward":
                 continue
-            cells = inspect.getclosurevars(candidate)
+            cells = inspect.getclosurevars(cast("Callable[..., Any]", candidate))
             asked = set(cells.nonlocals.get("outputs", ()))
             if cells.nonlocals.get("cast_lm_head_to_fp32") or not asked <= _FUSED_OUTPUTS:
                 return None
@@ -165,13 +165,13 @@ def _targets(kwargs: Mapping[str, Any], ignore_index: int) -> Tensor:
     if shifted is not None:
         return shifted
     labels, sequences = kwargs["labels"], kwargs.get(SEQUENCES)
-    packed = sequences is not None and sequences.count > labels.shape[0]
-    return shift_labels(
-        labels, ignore_index=ignore_index, cu_seqlens_S1=sequences.cu_seqlens if packed else None
-    )
+    packed = None
+    if sequences is not None and sequences.count > labels.shape[0]:
+        packed = sequences.cu_seqlens
+    return shift_labels(labels, ignore_index=ignore_index, cu_seqlens_S1=packed)
 
 
-def _with_loss(root: nn.Module, state: RootState, kwargs: dict[str, Any]) -> Any:
+def _with_loss(root: Any, state: RootState, kwargs: dict[str, Any]) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     ignore_index = kwargs.get("ignore_index", -100)
@@ -202,9 +202,7 @@ def _with_loss(root: nn.Module, state: RootState, kwargs: dict[str, Any]) -> Any
     return result.to_tuple() if wants_dict is False else result
 
 
-def _lazy_logits(
-    root: nn.Module, state: RootState, hidden: Tensor, keep: int | Tensor
-) -> LazyTensor:
+def _lazy_logits(root: Any, state: RootState, hidden: Tensor, keep: int | Tensor) -> LazyTensor:
     if isinstance(keep, int):
         hidden = hidden[:, -keep:] if keep else hidden
     else:
@@ -226,7 +224,7 @@ def _lazy_logits(
     return LazyTensor(make, (*hidden.shape[:-1], facts.vocab_size), dtype, hidden.device)
 
 
-def _fused(root: nn.Module, state: RootState, request: FusedRequest, kwargs: dict[str, Any]) -> Any:
+def _fused(root: Any, state: RootState, request: FusedRequest, kwargs: dict[str, Any]) -> Any:
     """TRL's fields: per-token log-probabilities, entropy and is-top-1, zero where the label is ignored."""
     kwargs["use_cache"] = False
     labels = _targets(kwargs, -100)

@@ -63,9 +63,8 @@ class Triton(Backend):
         from hotloop_engine.attention.kernel import attention_forward
 
         o_THK = q_THK.new_empty(q_THK.shape) if out is None else out
-        lse_HT = attention_forward(
-            *(unit_stride(x) for x in (q_THK, k_TGK, v_TGK)), o_THK, sequences, options
-        )
+        q_THK, k_TGK, v_TGK = (unit_stride(x) for x in (q_THK, k_TGK, v_TGK))
+        lse_HT = attention_forward(q_THK, k_TGK, v_TGK, o_THK, sequences, options)
         return o_THK, lse_HT
 
     def _backward(
@@ -82,8 +81,9 @@ class Triton(Backend):
     ) -> Gradients:
         from hotloop_engine.attention.kernel import attention_backward
 
-        found = out or tuple(x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
-        inputs = (unit_stride(x) for x in (do_THK, q_THK, k_TGK, v_TGK, o_THK))
-        attention_backward(*inputs, lse, *found, sequences, options)
-        dq, dk, dv = found
+        dq, dk, dv = out or (x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
+        do_THK, q_THK, k_TGK, v_TGK, o_THK = (
+            unit_stride(x) for x in (do_THK, q_THK, k_TGK, v_TGK, o_THK)
+        )
+        attention_backward(do_THK, q_THK, k_TGK, v_TGK, o_THK, lse, dq, dk, dv, sequences, options)
         return dq, dk, dv

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from hotloop_engine.ops.kernel import require_unit_last, wide
+from hotloop_engine.ops.kernel import launch, require_unit_last, wide
 
 if TYPE_CHECKING:
     from hotloop_core.kernels import Activation
@@ -108,17 +108,23 @@ def forward(
     require_unit_last(gate=gate_TI, up=up_TI, out=h_TI)
     blocks = triton.cdiv(columns, BLOCK)
     if T * blocks:
-        _forward[(T * blocks,)](
-            gate_TI,
-            up_TI,
-            h_TI,
-            columns,
-            blocks,
-            gate_TI.stride(0),
-            up_TI.stride(0),
-            h_TI.stride(0),
-            ACTIVATION=activation,
-            BLOCK=BLOCK,
+        launch(
+            _forward,
+            T * blocks,
+            (
+                gate_TI,
+                up_TI,
+                h_TI,
+                columns,
+                blocks,
+                gate_TI.stride(0),
+                up_TI.stride(0),
+                h_TI.stride(0),
+            ),
+            {
+                "ACTIVATION": activation,
+                "BLOCK": BLOCK,
+            },
             num_warps=NUM_WARPS,
         )
     return h_TI
@@ -130,16 +136,22 @@ def backward_(dh_TI: Tensor, gate_TI: Tensor, up_TI: Tensor, *, activation: Acti
     require_unit_last(dh=dh_TI, gate=gate_TI, up=up_TI)
     blocks = triton.cdiv(columns, BLOCK)
     if T * blocks:
-        _backward[(T * blocks,)](
-            dh_TI,
-            gate_TI,
-            up_TI,
-            columns,
-            blocks,
-            dh_TI.stride(0),
-            gate_TI.stride(0),
-            up_TI.stride(0),
-            ACTIVATION=activation,
-            BLOCK=BLOCK,
+        launch(
+            _backward,
+            T * blocks,
+            (
+                dh_TI,
+                gate_TI,
+                up_TI,
+                columns,
+                blocks,
+                dh_TI.stride(0),
+                gate_TI.stride(0),
+                up_TI.stride(0),
+            ),
+            {
+                "ACTIVATION": activation,
+                "BLOCK": BLOCK,
+            },
             num_warps=NUM_WARPS,
         )

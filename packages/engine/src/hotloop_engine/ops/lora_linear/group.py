@@ -58,6 +58,7 @@ class LinearGroup:
         self.columns = -(-needed // pitch) * pitch
         self.quantised = any(isinstance(view.weight, FourBitWeight) for view in self.views)
         self.drops = any(view.lora is not None and view.lora.dropout > 0 for view in self.views)
+        self.prepared: object = None  # what an implementation keeps of this group between launches
         self._cast = any(
             isinstance(view.weight, Tensor) and view.weight.dtype != dtype for view in self.views
         )
@@ -84,9 +85,7 @@ class LinearGroup:
         e = torch.empty(
             self.n + self.columns, self.k + self.columns, dtype=self.dtype, device=self.device
         )
-        if implementation("lora_linear", self.device).extend(
-            self.views, self.rows, self.ranks, e, n=self.n, k=self.k, bias_column=self.rank
-        ):
+        if implementation("lora_linear", self.device).extend(self, e):
             return e
         for view, rows in zip(self.views, self.rows, strict=True):
             target = e[rows, : self.k]
@@ -316,9 +315,7 @@ class LinearGroup:
 
     def _fill(self, b_NC: Tensor, a_CK: Tensor) -> None:
         if self.columns:
-            implementation("lora_linear", self.device).fill_columns(
-                self.views, self.rows, self.ranks, b_NC, a_CK, bias_column=self.rank
-            )
+            implementation("lora_linear", self.device).fill_columns(self, b_NC, a_CK)
 
     def _scaled_a(self, view: LinearView) -> Tensor:
         """s·A, multiplied in A's own precision and rounded once."""

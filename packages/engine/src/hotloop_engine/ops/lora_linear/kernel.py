@@ -6,7 +6,7 @@ first programs dequantise a tile of a weight each, the next write B, the last wr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -14,9 +14,12 @@ import triton.language as tl
 from hotloop_core.kernels import FourBitWeight
 from torch import Tensor
 
+from ..kernel import launch
 from ..nf4.kernel import WORDS, dequantize_tile
 from . import reference
-from .views import LinearView
+
+if TYPE_CHECKING:
+    from .group import LinearGroup
 
 ROWS = 64  # rows of B a program: its columns are few, so a program writes 64 x 64 values
 WIDTH = 1024  # columns of A a program: one row of A, 16-byte accesses with 4 warps
@@ -301,145 +304,156 @@ def _extend(
         )
 
 
-class _Parts:
-    """The arguments that describe up to three adapters; what is not there has no rows, no ranks and any pointer."""
+class _Prepared:
+    """The arguments that describe a group's adapters and 4-bit weights; they stay the same from step to step.
 
-    def __init__(
-        self,
-        views: Sequence[LinearView],
-        rows: Sequence[slice],
-        ranks: Sequence[slice],
-        b_NC: Tensor,
-        a_CK: Tensor,
-    ) -> None:
-        n_total, columns = b_NC.shape
+    A projection that is not there has no rows and no ranks; any pointer stands for what is never read.
+    """
+
+    def __init__(self, group: LinearGroup) -> None:
+        views, loras = group.views, [view.lora for view in group.views]
         missing = MOST - len(views)
-        loras = [view.lora for view in views]
-        firsts = [r.start for r in rows] + [n_total] * missing
-        starts = [r.start for r in ranks] + [columns] * missing
-        self.b_programs, self.a_blocks = -(-n_total // ROWS), -(-a_CK.shape[1] // WIDTH)
-        self.programs = self.b_programs + columns * self.a_blocks
-        self.arguments = (
-            *[b_NC if lora is None else lora.b_NR for lora in loras],
-            *[b_NC] * missing,
-            *[a_CK if lora is None else lora.a_RK for lora in loras],
-            *[a_CK] * missing,
+        self.fits = missing >= 0 and all(
+            lora is None or (lora.a_RK.is_contiguous() and lora.b_NR.is_contiguous())
+            for lora in loras
+        )
+        if not self.fits:
+            self.four_bit = None
+            return
+        firsts = [r.start for r in group.rows] + [group.n] * missing
+        starts = [r.start for r in group.ranks] + [group.columns] * missing
+        any_tensor = next(t for t in (*group.tensors(), *_packed(group)) if t is not None)
+        self.padded = triton.next_power_of_2(max(1, group.columns))
+        b_programs, a_blocks = triton.cdiv(group.n, ROWS), triton.cdiv(group.k, WIDTH)
+        self.programs = b_programs + group.columns * a_blocks
+        self.adapters = (
+            *[any_tensor if lora is None else lora.b_NR for lora in loras],
+            *[any_tensor] * missing,
+            *[any_tensor if lora is None else lora.a_RK for lora in loras],
+            *[any_tensor] * missing,
             *[view.bias for view in views],
             *[None] * missing,
             firsts[1],
             firsts[2],
             starts[1],
             starts[2],
-            *[r.stop - r.start for r in ranks],
+            *[r.stop - r.start for r in group.ranks],
             *[0] * missing,
             *[0.0 if lora is None or lora.dropout > 0 else lora.scale for lora in loras],
             *[0.0] * missing,
-            self.b_programs,
-            self.a_blocks,
+            b_programs,
+            a_blocks,
         )
+        self.four_bit = _four_bit(group)
 
 
-def _fits(views: Sequence[LinearView]) -> bool:
-    """Whether the adapters are few enough, and contiguous, for one launch."""
-    return len(views) <= MOST and all(
-        v.lora is None or (v.lora.a_RK.is_contiguous() and v.lora.b_NR.is_contiguous())
-        for v in views
+class _FourBit(NamedTuple):
+    tiles: int
+    arguments: tuple[object, ...]
+    constants: dict[str, object]
+
+
+def _packed(group: LinearGroup) -> list[Tensor]:
+    return [view.weight.packed for view in group.views if isinstance(view.weight, FourBitWeight)]
+
+
+def _four_bit(group: LinearGroup) -> _FourBit | None:
+    """What `_extend` needs of the weights; None where they are not 4-bit, not alike or not whole words."""
+    weights = [view.weight for view in group.views]
+    first = weights[0]
+    if not isinstance(first, FourBitWeight) or group.k % 8 or first.blocksize % 8:
+        return None
+    nested = first.nested_absmax is not None
+    kind = (first.kind, first.blocksize, first.nested_blocksize, nested)
+    for weight in weights:
+        if not isinstance(weight, FourBitWeight) or weight.packed.data_ptr() % 4:
+            return None
+        if kind != (
+            weight.kind,
+            weight.blocksize,
+            weight.nested_blocksize,
+            weight.nested_absmax is not None,
+        ):
+            return None
+    three = [*weights, *[first] * (MOST - len(weights))]
+    sizes = [triton.cdiv((r.stop - r.start) * group.k, WORDS * 8) for r in group.rows]
+    tiles = [*sizes, *[0] * (MOST - len(sizes))]
+    code = first.code
+    arguments = (
+        *[w.packed.flatten().view(torch.int32) for w in three],
+        *[w.absmax for w in three],
+        *[w.nested_absmax if nested else code for w in three],
+        *[w.nested_offset if nested else code for w in three],
+        code,
+        first.nested_code if nested else code,
+        *tiles,
     )
+    constants: dict[str, object] = {
+        "K": group.k,
+        "BLOCKSIZE": first.blocksize,
+        "NESTED": nested,
+        "NESTED_BLOCKSIZE": first.nested_blocksize,
+        "WORDS": WORDS,
+    }
+    return _FourBit(sum(tiles), arguments, constants)
 
 
-def fill_columns(
-    views: Sequence[LinearView],
-    rows: Sequence[slice],
-    ranks: Sequence[slice],
-    b_NC: Tensor,
-    a_CK: Tensor,
-    *,
-    bias_column: int,
-) -> None:
+def _prepared(group: LinearGroup) -> _Prepared:
+    if not isinstance(group.prepared, _Prepared):
+        group.prepared = _Prepared(group)
+    return group.prepared
+
+
+def fill_columns(group: LinearGroup, b_NC: Tensor, a_CK: Tensor) -> None:
     """As `reference.fill_columns`; adapters of up to three projections, contiguous, in one launch."""
-    if not _fits(views):
-        reference.fill_columns(views, rows, ranks, b_NC, a_CK, bias_column=bias_column)
+    prepared = _prepared(group)
+    if not prepared.fits:
+        reference.fill_columns(group, b_NC, a_CK)
         return
-    parts = _Parts(views, rows, ranks, b_NC, a_CK)
-    _fill[(parts.programs,)](
-        b_NC,
-        a_CK,
-        b_NC.stride(0),
-        a_CK.stride(0),
-        b_NC.shape[0],
-        a_CK.shape[1],
-        b_NC.shape[1],
-        bias_column,
-        *parts.arguments,
-        ROWS=ROWS,
-        PADDED=triton.next_power_of_2(b_NC.shape[1]),
-        WIDTH=WIDTH,
+    launch(
+        _fill,
+        prepared.programs,
+        (
+            b_NC,
+            a_CK,
+            b_NC.stride(0),
+            a_CK.stride(0),
+            group.n,
+            group.k,
+            group.columns,
+            group.rank,
+            *prepared.adapters,
+        ),
+        {"ROWS": ROWS, "PADDED": prepared.padded, "WIDTH": WIDTH},
         num_warps=4,
         enable_fp_fusion=False,  # s·A is rounded as the reference rounds it
     )
 
 
-def extend(
-    views: Sequence[LinearView],
-    rows: Sequence[slice],
-    ranks: Sequence[slice],
-    e: Tensor,
-    *,
-    n: int,
-    k: int,
-    bias_column: int,
-) -> bool:
+def extend(group: LinearGroup, e: Tensor) -> bool:
     """All of E from 4-bit weights and their adapters, in one launch. False where it cannot: then nothing is written.
 
-    e: [N + C, K + C] with C > 0. The weights must share their code tables' kind and block sizes, K a multiple of 8.
+    e: [N + C, K + C] with C > 0. The weights must share their kind and block sizes, K must be a multiple of 8.
     """
-    weights = [view.weight for view in views]
-    first = weights[0]
-    alike = (
-        isinstance(first, FourBitWeight)
-        and k % 8 == 0
-        and first.blocksize % 8 == 0
-        and all(
-            isinstance(w, FourBitWeight)
-            and (w.kind, w.blocksize, w.nested_blocksize, w.nested_absmax is None)
-            == (first.kind, first.blocksize, first.nested_blocksize, first.nested_absmax is None)
-            and w.packed.data_ptr() % 4 == 0
-            for w in weights
-        )
-    )
-    if not alike or not _fits(views) or e.shape[0] == n:
+    prepared = _prepared(group)
+    if prepared.four_bit is None or not group.columns:
         return False
-    assert isinstance(first, FourBitWeight)
-    nested = first.nested_absmax is not None
-    b_NC, a_CK = e[:n, k:], e[n:, :k]
-    parts = _Parts(views, rows, ranks, b_NC, a_CK)
-    all_three = [*weights, *[first] * (MOST - len(weights))]
-    tiles = [-(-(r.stop - r.start) * k // (WORDS * 8)) for r in rows] + [0] * (MOST - len(rows))
-    code = first.code
-    _extend[(sum(tiles) + parts.programs,)](
-        *[w.packed.view(torch.int32) for w in all_three],
-        *[w.absmax for w in all_three],
-        *[w.nested_absmax if nested else code for w in all_three],
-        *[w.nested_offset if nested else code for w in all_three],
-        code,
-        first.nested_code if nested else code,
-        *tiles,
-        e,
-        b_NC,
-        a_CK,
-        e.stride(0),
-        n,
-        b_NC.shape[1],
-        bias_column,
-        *parts.arguments,
-        K=k,
-        BLOCKSIZE=first.blocksize,
-        NESTED=nested,
-        NESTED_BLOCKSIZE=first.nested_blocksize,
-        WORDS=WORDS,
-        ROWS=ROWS,
-        PADDED=triton.next_power_of_2(b_NC.shape[1]),
-        WIDTH=WIDTH,
+    tiles, weights, constants = prepared.four_bit
+    launch(
+        _extend,
+        tiles + prepared.programs,
+        (
+            *weights,
+            e,
+            e[:, group.k :],
+            e[group.n :],
+            e.stride(0),
+            group.n,
+            group.columns,
+            group.rank,
+            *prepared.adapters,
+        ),
+        {**constants, "ROWS": ROWS, "PADDED": prepared.padded, "WIDTH": WIDTH},
         num_warps=4,
         enable_fp_fusion=False,  # bitsandbytes rounds the nested product before it adds the offset
     )

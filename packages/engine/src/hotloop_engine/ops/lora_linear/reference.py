@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from hotloop_core.kernels import FourBitWeight
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .._select import implementation
 from .views import LinearView
+
+if TYPE_CHECKING:
+    from .group import LinearGroup
 
 
 def lora_linear_reference(x_TK: Tensor, view: LinearView, mask_TK: Tensor | None = None) -> Tensor:
@@ -36,41 +39,24 @@ def _cast(tensor: Tensor | None, like: Tensor) -> Tensor | None:
     return None if tensor is None else tensor.to(like.dtype)
 
 
-def fill_columns(
-    views: Sequence[LinearView],
-    rows: Sequence[slice],
-    ranks: Sequence[slice],
-    b_NC: Tensor,
-    a_CK: Tensor,
-    *,
-    bias_column: int,
-) -> None:
-    """Writes what rides beside the base weights, every element of both buffers.
+def fill_columns(group: LinearGroup, b_NC: Tensor, a_CK: Tensor) -> None:
+    """Writes what rides beside the base weights of a group, every element of both buffers.
 
-    b_NC: each view's B on its own rows and columns, the biases in `bias_column`, zeros elsewhere.
+    b_NC: each view's B on its own rows and columns, the biases in column `group.rank`, zeros elsewhere.
     a_CK: s·A of each view on its own rows, multiplied in A's precision and rounded once; zeros for the bias, the
     padding and adapters with dropout, whose input is not x.
     """
     b_NC.zero_()
     a_CK.zero_()
-    for view, n, r in zip(views, rows, ranks, strict=True):
+    for view, n, r in zip(group.views, group.rows, group.ranks, strict=True):
         if view.lora is not None:
             b_NC[n, r] = view.lora.b_NR.detach().to(b_NC.dtype)
             if view.lora.dropout == 0:
                 a_CK[r] = (view.lora.a_RK.detach() * view.lora.scale).to(a_CK.dtype)
         if view.bias is not None:
-            b_NC[n, bias_column] = view.bias.detach().to(b_NC.dtype)
+            b_NC[n, group.rank] = view.bias.detach().to(b_NC.dtype)
 
 
-def extend(
-    views: Sequence[LinearView],
-    rows: Sequence[slice],
-    ranks: Sequence[slice],
-    e: Tensor,
-    *,
-    n: int,
-    k: int,
-    bias_column: int,
-) -> bool:
+def extend(group: LinearGroup, e: Tensor) -> bool:
     """False: the reference fills E piece by piece, weights first, then `fill_columns`."""
     return False

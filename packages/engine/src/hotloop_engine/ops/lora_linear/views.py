@@ -46,6 +46,12 @@ class LinearView:
         """Whether the base weight wants a gradient (full fine-tuning)."""
         return isinstance(self.weight, Tensor) and self.weight.requires_grad
 
+    def identity(self) -> tuple[object, ...]:
+        """Equal for two views exactly where they hold the same tensors and numbers."""
+        lora = self.lora
+        parts = () if lora is None else (id(lora.a_RK), id(lora.b_NR), lora.scale, lora.dropout)
+        return (id(self.weight), id(self.bias), *parts)
+
     def tensors(self) -> list[Tensor]:
         """Every tensor of this projection that autograd may ask a gradient for."""
         found = [self.weight] if isinstance(self.weight, Tensor) else []

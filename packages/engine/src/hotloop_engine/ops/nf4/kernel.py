@@ -20,6 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hotloop_engine.ops.kernel import launch
+
 if TYPE_CHECKING:
     from hotloop_core.kernels import FourBitWeight
     from torch import Tensor
@@ -169,23 +171,29 @@ def forward(weight: FourBitWeight, *, out: Tensor, lookup: Lookup = "gather") ->
     nested = weight.nested_absmax is not None
     packed = weight.packed.flatten()
     whole_words = columns % 8 == 0 and weight.blocksize % 8 == 0 and packed.data_ptr() % 4 == 0
-    _dequantize[(triton.cdiv(values, WORDS * 8),)](
-        packed.view(torch.int32) if whole_words else packed,
-        weight.absmax,
-        weight.code,
-        weight.nested_absmax if nested else weight.code,
-        weight.nested_code if nested else weight.code,
-        weight.nested_offset if nested else weight.code,
-        out,
-        out.stride(0),
-        values,
-        K=columns,
-        BLOCKSIZE=weight.blocksize,
-        NESTED=nested,
-        NESTED_BLOCKSIZE=weight.nested_blocksize,
-        WHOLE_WORDS=whole_words,
-        LOOKUP=lookup,
-        WORDS=WORDS,
+    launch(
+        _dequantize,
+        triton.cdiv(values, WORDS * 8),
+        (
+            packed.view(torch.int32) if whole_words else packed,
+            weight.absmax,
+            weight.code,
+            weight.nested_absmax if nested else weight.code,
+            weight.nested_code if nested else weight.code,
+            weight.nested_offset if nested else weight.code,
+            out,
+            out.stride(0),
+            values,
+        ),
+        {
+            "K": columns,
+            "BLOCKSIZE": weight.blocksize,
+            "NESTED": nested,
+            "NESTED_BLOCKSIZE": weight.nested_blocksize,
+            "WHOLE_WORDS": whole_words,
+            "LOOKUP": lookup,
+            "WORDS": WORDS,
+        },
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,  # bitsandbytes rounds the nested product before it adds the offset
     )

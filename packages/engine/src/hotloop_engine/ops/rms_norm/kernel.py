@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hotloop_engine.ops.kernel import partial_sums, require_unit_last, row_tile, wide
+from hotloop_engine.ops.kernel import launch, partial_sums, require_unit_last, row_tile, wide
 
 # Elements of one tensor that a thread holds: 32 are four 16-byte loads of bf16 in flight. The
 # weight gradient's accumulator and a second input leave registers for half as many.
@@ -130,23 +130,29 @@ def forward(
         s_TD = x_TD.new_empty(T, D) if sum_out is None else sum_out
     require_unit_last(x=x_TD, w=w_D, residual=residual_TD, sum_out=s_TD, out=y_TD)
     if T:
-        _forward[(triton.cdiv(T, tile.rows),)](
-            x_TD,
-            w_D,
-            residual_TD,
-            s_TD,
-            y_TD,
-            rstd_T,
-            T,
-            x_TD.stride(0),
-            0 if residual_TD is None else residual_TD.stride(0),
-            s_TD.stride(0),
-            y_TD.stride(0),
-            EPS=eps,
-            OFFSET=offset,
-            D=D,
-            BLOCK_D=tile.width,
-            ROWS=tile.rows,
+        launch(
+            _forward,
+            triton.cdiv(T, tile.rows),
+            (
+                x_TD,
+                w_D,
+                residual_TD,
+                s_TD,
+                y_TD,
+                rstd_T,
+                T,
+                x_TD.stride(0),
+                0 if residual_TD is None else residual_TD.stride(0),
+                s_TD.stride(0),
+                y_TD.stride(0),
+            ),
+            {
+                "EPS": eps,
+                "OFFSET": offset,
+                "D": D,
+                "BLOCK_D": tile.width,
+                "ROWS": tile.rows,
+            },
             num_warps=tile.warps,
         )
     return y_TD, rstd_T, s_TD
@@ -180,24 +186,30 @@ def backward(
     else:
         tiles_each = 1
     if T:
-        _backward[(programs,)](
-            dy_TD,
-            s_TD,
-            w_D,
-            rstd_T,
-            dresidual_TD,
-            ds_TD,
-            dw_PD,
-            T,
-            tiles_each,
-            dy_TD.stride(0),
-            s_TD.stride(0),
-            0 if dresidual_TD is None else dresidual_TD.stride(0),
-            ds_TD.stride(0),
-            OFFSET=offset,
-            D=D,
-            BLOCK_D=tile.width,
-            ROWS=tile.rows,
+        launch(
+            _backward,
+            programs,
+            (
+                dy_TD,
+                s_TD,
+                w_D,
+                rstd_T,
+                dresidual_TD,
+                ds_TD,
+                dw_PD,
+                T,
+                tiles_each,
+                dy_TD.stride(0),
+                s_TD.stride(0),
+                0 if dresidual_TD is None else dresidual_TD.stride(0),
+                ds_TD.stride(0),
+            ),
+            {
+                "OFFSET": offset,
+                "D": D,
+                "BLOCK_D": tile.width,
+                "ROWS": tile.rows,
+            },
             num_warps=tile.warps,
         )
     return ds_TD, None if dw_PD is None else dw_PD.sum(0)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import pytest
+from hotloop_testkit.conformance import Conformance, WeakenedError, assert_import_is_light
+from hotloop_testkit.family import FamilyConformance
+
+
+def passes(self):
+    pass
+
+
+class Suite(Conformance, kit=True):
+    def test_one(self):
+        pass
+
+    def test_two(self):
+        pass
+
+
+def test_a_subclass_that_keeps_every_check_is_accepted():
+    class Mine(Suite):
+        def test_of_my_own(self):
+            pass
+
+    Mine().test_every_check_is_in_force()
+
+
+@pytest.mark.parametrize(
+    "weakened",
+    [
+        {"test_one": None},
+        {"test_one": passes},
+        {"test_one": pytest.mark.xfail(passes)},
+        {"test_one": pytest.mark.xfail(reason=" ")(passes)},
+        {"test_one": pytest.mark.skip(reason="slow")(passes)},
+        {"test_one": pytest.mark.xfail(reason="why")(pytest.mark.skip(passes))},
+        {"test_every_check_is_in_force": passes},
+        {"pytestmark": pytest.mark.skip(reason="later")},
+        {"pytestmark": [pytest.mark.gpu, pytest.mark.xfail(reason="all of it")]},
+    ],
+)
+def test_a_check_that_is_taken_away_is_an_error(weakened):
+    with pytest.raises(WeakenedError, match=r"xfail"):
+        type("Mine", (Suite,), weakened)
+
+
+def test_an_xfail_with_a_reason_and_other_marks_are_accepted():
+    check = pytest.mark.xfail(reason="no such kernel yet: issue 12")(passes)
+    type("Mine", (Suite,), {"test_one": check, "pytestmark": pytest.mark.gpu})
+
+
+def test_a_check_taken_away_later_is_found_when_the_suite_runs(monkeypatch):
+    class Mine(Suite):
+        pass
+
+    monkeypatch.delattr(Suite, "test_two")
+    with pytest.raises(WeakenedError, match="test_two: a check of the kit was deleted"):
+        Mine().test_every_check_is_in_force()
+
+
+def test_a_subclass_of_a_subclass_is_checked_too():
+    class Mine(Suite):
+        pass
+
+    with pytest.raises(WeakenedError):
+        type("Yours", (Mine,), {"test_two": None})
+
+
+def test_the_suites_have_checks():
+    checks = FamilyConformance._checks
+    assert len(checks) > 15 and "test_every_check_is_in_force" in checks
+
+
+def test_a_heavy_import_is_named(tmp_path, monkeypatch):
+    (tmp_path / "heavy_plugin.py").write_text("import torch\n")
+    (tmp_path / "light_plugin.py").write_text("import json\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert_import_is_light("light_plugin")
+    with pytest.raises(AssertionError, match="heavy_plugin loads torch"):
+        assert_import_is_light("heavy_plugin")
