@@ -379,3 +379,23 @@ def test_nothing_is_saved_without_gradients(monkeypatch):
     monkeypatch.setattr(run, "_Run", lambda *a: pytest.fail("a graph was built"))
     with torch.no_grad():
         assert torch.isfinite(model(**batch()).loss)
+
+
+def test_a_larger_batch_is_planned_again_within_the_same_budget():
+    from hotloop.planner import plan
+    from hotloop_core.errors import BudgetError
+
+    model = with_lora(tiny())
+    small = plan(model, tokens=17, vram="1GiB")
+    receipt = wire(model, small)
+    model(**batch(1)).loss.backward()
+    assert receipt.plan is small
+    model(**batch(3)).loss.backward()
+    assert (receipt.plan.tokens, receipt.plan.budget) == (51, 2**30)
+    tight = plan(model, tokens=17, vram=small.peak_bytes, placements="keep")
+    receipt.replan(tight)
+    with pytest.raises(BudgetError):
+        model(**batch(8, 120))
+    assert receipt.plan is tight
+    with torch.no_grad():
+        model(**batch(8, 120))

@@ -54,8 +54,8 @@ class TestGemma2(FamilyConformance):
     @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
     @pytest.mark.xfail(
         strict=False,
-        reason="padded: transformers' eager attention takes its softmax in fp32, where the mask of the kit's fp64 truth "
-        "is -inf: a padding token that sees nothing is NaN",
+        reason="padded: transformers' eager attention takes its softmax in fp32, where the mask of "
+        "the kit's fp64 truth is -inf: a padding token that sees nothing is NaN",
     )
     def test_logits_are_no_worse_than_eager(self, kind, precision):
         super().test_logits_are_no_worse_than_eager(kind, precision)

@@ -258,7 +258,11 @@ def _rope(config: Config) -> Mapping[str, Any]:
                 },
             }
     parameters = cast("Mapping[str, Any]", parameters)
-    nested = {k: _rope_entry(v) for k, v in parameters.items() if isinstance(v, Mapping)}
+    nested = {
+        k: _rope_entry(cast("Mapping[str, Any]", v))
+        for k, v in parameters.items()
+        if isinstance(v, Mapping)
+    }
     return nested or _rope_entry(parameters)
 
 

@@ -112,6 +112,7 @@ class Plan:
     is made of, in bytes, by name. step_ms: predicted, by part; empty where the card is unknown.
     budget: bytes, or None.
     notes: why the next faster plan does not fit, and what else a user should know.
+    fixed: the placements were the caller's choice, which planning again for a larger batch must keep.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -122,6 +123,7 @@ class Plan:
     budget: int | None = None
     card: str | None = None
     notes: tuple[str, ...] = ()
+    fixed: bool = False
 
     @property
     def peak_bytes(self) -> int:

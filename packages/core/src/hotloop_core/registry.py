@@ -5,9 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib.metadata as metadata
 import traceback
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -23,6 +22,9 @@ from .errors import (
 from .exporter import ExporterSpec
 from .family import API, Config, FamilySpec
 from .hooks import GROUP, HOOK_NAMES, Hooks, OpSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
 
 ACCEPTED = (API, API - 1) if API > 1 else (API,)
 _TYPES = {"FamilySpec": FamilySpec, "ExporterSpec": ExporterSpec, "OpSpec": OpSpec}

@@ -33,16 +33,16 @@ class Conformance:
     Anything else that takes a check away raises WeakenedError when the class is made.
     """
 
-    _checks: ClassVar[Mapping[str, Callable[..., object]]] = {}
+    checks: ClassVar[Mapping[str, Callable[..., object]]] = {}
 
     def __init_subclass__(cls, *, kit: bool = False, **kwargs: Any) -> None:
         """kit: this class is a suite of the kit, whose `test_` methods become checks."""
         super().__init_subclass__(**kwargs)
         if kit:
             own = {name: value for name, value in vars(cls).items() if name.startswith("test_")}
-            cls._checks = {**cls._checks, **own}
+            cls.checks = {**cls.checks, **own}
             return
-        for name, check in cls._checks.items():
+        for name, check in cls.checks.items():
             _require(cls, name, check)
         for mark in _marks(vars(cls).get("pytestmark", ())):
             if mark.name in {"skip", "skipif", "xfail"}:
@@ -53,11 +53,11 @@ class Conformance:
 
     def test_every_check_is_in_force(self) -> None:
         """Catches what was taken away after the class was made."""
-        for name, check in type(self)._checks.items():
+        for name, check in type(self).checks.items():
             _require(type(self), name, check)
 
 
-Conformance._checks = {"test_every_check_is_in_force": Conformance.test_every_check_is_in_force}
+Conformance.checks = {"test_every_check_is_in_force": Conformance.test_every_check_is_in_force}
 
 
 def _require(cls: type, name: str, check: Callable[..., object]) -> None:
@@ -75,7 +75,7 @@ def _require(cls: type, name: str, check: Callable[..., object]) -> None:
 
 
 def _marks(found: Any) -> list[Any]:
-    return list(found) if isinstance(found, list | tuple) else [found]
+    return [*found] if isinstance(found, list | tuple) else [found]
 
 
 def module_of(plugin: str) -> str:

@@ -96,7 +96,10 @@ class ExporterConformance(Conformance, kit=True):
         calls: list[tuple[int, int, str]] = []
 
         def watched(request: ExportRequest) -> ExportRequest:
-            return replace(request, progress=lambda *call: calls.append(call))
+            def note(done: int, total: int, name: str) -> None:
+                calls.append((done, total, name))
+
+            return replace(request, progress=note)
 
         self._export(tmp_path, change=watched)
         assert [done for done, _, _ in calls] == list(range(1, len(calls) + 1))
@@ -125,8 +128,12 @@ class ExporterConformance(Conformance, kit=True):
         module, _, function = self.spec.target.partition(":")
         holder: Any = import_module(module)
         write = getattr(holder, function)
+
+        def changed(request: ExportRequest) -> ExportReport:
+            return write(change(request))
+
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(holder, function, lambda request: write(change(request)))
+            patch.setattr(holder, function, changed)
             return export(
                 build(config),
                 tokenizer(VOCABULARY),

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from hotloop.wiring import Receipt
     from hotloop_core import FamilySpec
     from hotloop_core.plan import LayerPlan
-    from torch import nn
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
+
+    from .tiny import Model
 
 SLACK = 0.3
 """How much larger than eager's an error may be. Models this small have few roundings, so chance weighs more."""
@@ -120,7 +121,7 @@ class FamilyConformance(Conformance, kit=True):
         real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         exact = copy.deepcopy(model).double()
 
-        def logits(of: nn.Module) -> dict[str, torch.Tensor]:
+        def logits(of: Model) -> dict[str, torch.Tensor]:
             return {"logits": of(**inputs, use_cache=False).logits[real]}
 
         with torch.no_grad():
@@ -142,7 +143,8 @@ class FamilyConformance(Conformance, kit=True):
     def test_undo_restores_every_bit(self) -> None:
         model = self._model(lora=True)
         inputs = batch("padded", model.config.vocab_size)
-        before, classes = gradients(model, inputs), [type(m) for m in model.modules()]
+        before = gradients(model, inputs)
+        classes: list[type] = [type(m) for m in model.modules()]
         self._wire(model).undo()
         assert [type(m) for m in model.modules()] == classes
         assert_same_bits(gradients(model, inputs), before)
@@ -202,7 +204,7 @@ class FamilyConformance(Conformance, kit=True):
         model = self._model(lora=True).eval()
         self._wire(model)
         export(model, None, tmp_path, format="safetensors", quant="32bit")
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        loaded: Model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
         inputs = {"input_ids": batch("dense", model.config.vocab_size)["input_ids"]}
         with torch.no_grad():
             expected, found = model(**inputs).logits, loaded(**inputs).logits
@@ -220,23 +222,24 @@ class FamilyConformance(Conformance, kit=True):
                 export(model, words, tmp_path, format="gguf", quant="f32")
             return
         report = export(model, words, tmp_path, format="gguf", quant="f32", name="tiny")
+        loaded: Model
         loaded, _ = load(
             report.files[0].path, bits=16, dtype="float32", max_seq_len=64, wire=False, device="cpu"
         )
         assert_same_bits(dict(loaded.state_dict()), dict(model.state_dict()))
 
-    def _model(self, *, lora: bool) -> nn.Module:
+    def _model(self, *, lora: bool) -> Model:
         model = build(self.tiny_config())
         return with_lora(model, self.spec) if lora else model
 
-    def _wire(self, model: nn.Module, layer: LayerPlan = KEEP_ALL) -> Receipt:
+    def _wire(self, model: Model, layer: LayerPlan = KEEP_ALL) -> Receipt:
         from hotloop.wiring import wire
 
         return wire(model, _plan(model, layer), family=self.spec.name, deterministic=True)
 
 
-def _plan(model: nn.Module | PreTrainedModel, layer: LayerPlan) -> Plan:
-    layers = model.config.num_hidden_layers  # type: ignore[union-attr]
+def _plan(model: Model, layer: LayerPlan) -> Plan:
+    layers: int = model.config.num_hidden_layers
     return Plan(layers=(layer,) * layers, tokens=128, longest=128)
 
 

@@ -74,7 +74,7 @@ def poisoned_buffers() -> Iterator[None]:
             return tensor.fill_(float("nan"))
         return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
 
-    def wrap(function):  # noqa: ANN001, ANN202 - any allocation function of torch
+    def wrap(function):
         return lambda *args, **kwargs: poison(function(*args, **kwargs))
 
     names = ("empty", "empty_like", "empty_strided")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from hotloop_core import FamilySpec
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
+Model = Any
+"""A transformers model, or a PEFT model over one: their attributes are not known to a type checker."""
 LENGTH = 40
 ROWS = 3
 LORA_STD = 0.02
@@ -20,12 +22,12 @@ BIAS_STD = 0.01
 rounding, in any attention that keeps only its output (measured with 0.1: 5 % error of these in bf16)."""
 
 
-def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+def build(config: PreTrainedConfig, seed: int = 0) -> Model:
     """The ...ForCausalLM of a config in fp32, with norms and biases that are not all one or zero."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model = cast("Model", AutoModelForCausalLM.from_config(config))  # pyright: ignore[reportUnknownMemberType]
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             std = BIAS_STD if name.endswith("bias") else NORM_STD
@@ -33,15 +35,15 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     return model.train()
 
 
-def with_lora(model: nn.Module, spec: FamilySpec, seed: int = 1) -> nn.Module:
+def with_lora(model: Model, spec: FamilySpec, seed: int = 1) -> Model:
     """Adapters on every projection that the family describes, B not zero, so that each gradient counts."""
     from hotloop.lora import projections
     from peft import LoraConfig, get_peft_model
 
-    paths = projections(spec, model.config.to_dict())  # type: ignore[union-attr,operator]
+    paths = projections(spec, model.config.to_dict())
     targets = [path.rpartition(".")[2] for path in paths.values()]
     torch.manual_seed(seed)
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))  # type: ignore[arg-type]
+    adapted: Model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     for name, parameter in adapted.named_parameters():
         if ".lora_B." in name:
             nn.init.normal_(parameter, std=LORA_STD)
@@ -64,7 +66,7 @@ def batch(kind: str, vocabulary: int) -> dict[str, Tensor]:
     return inputs
 
 
-def gradients(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+def gradients(model: Model, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """The loss and each gradient of one step, by name."""
     model.zero_grad(set_to_none=True)
     loss = model(**inputs).loss

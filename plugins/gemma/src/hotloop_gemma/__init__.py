@@ -64,7 +64,7 @@ _NORM_ROLES = (
     "k_norm",
     "final_norm",
 )
-_ADD_ONE = dict.fromkeys(_NORM_ROLES, "add_one")
+_ADD_ONE: dict[str, str] = dict.fromkeys(_NORM_ROLES, "add_one")
 _DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256}
 # Every release means the tanh form; the first Gemma's configs call it "gelu".
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu_tanh"}

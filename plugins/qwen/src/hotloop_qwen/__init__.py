@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hotloop_core import (
     API,
     Attention,
@@ -44,7 +46,7 @@ QWEN3_LAYER = LayerSpec(
     mlp=_MLP,
 )
 
-_WINDOW = {
+_WINDOW: dict[str, Any] = {
     "window": "sliding_window",
     "use_window": "use_sliding_window",
     "window_start": "max_window_layers",

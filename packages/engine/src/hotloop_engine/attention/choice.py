@@ -64,10 +64,11 @@ def table(device: torch.device | str) -> list[BackendRow]:
     for backend in BACKENDS:
         can = backend.capability
         reason = backend.missing(device)
-        if reason is None and device.type in can.forced_on:
-            reason_shown = "only if named: far slower"
-        else:
-            reason_shown = reason or ""
+        reason_shown = (
+            "only if named: far slower"
+            if reason is None and device.type in can.forced_on
+            else reason or ""
+        )
         smallest, largest, multiple = can.head_sizes
         rows.append(
             BackendRow(

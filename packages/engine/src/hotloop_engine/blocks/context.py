@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..ops._select import implementation
-from ..ops.lora_linear import GradientSink, LinearGroup
+from hotloop_engine.ops._select import implementation
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from hotloop_engine.ops.lora_linear import GradientSink, LinearGroup
 
 Saved = dict[str, Any]
 """Name -> what backward needs: the tensors of `hotloop_core.plan.saved_tensors` under their names, and small ones

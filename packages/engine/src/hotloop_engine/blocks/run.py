@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from hotloop_core.errors import PlanError
@@ -11,8 +10,12 @@ from hotloop_core.plan import LayerPlan, Placement
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops.lora_linear import GradientSink
-from .context import Saved
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from hotloop_engine.ops.lora_linear import GradientSink
+
+    from .context import Saved
 
 
 class Block(Protocol):

@@ -3,6 +3,6 @@ model.
 """
 
 from .cards import CARDS, Card, find_card
-from .make import parse_bytes, plan
+from .make import parse_bytes, plan, plan_larger
 
-__all__ = ["CARDS", "Card", "find_card", "parse_bytes", "plan"]
+__all__ = ["CARDS", "Card", "find_card", "parse_bytes", "plan", "plan_larger"]

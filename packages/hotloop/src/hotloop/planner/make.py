@@ -117,7 +117,22 @@ def plan(
         job = measured.refine(job, lora is not None)
     rates, card_name, free = _card(card)
     budget = parse_bytes(vram) if vram is not None else free
-    return _best(job, rates, card_name, budget, _candidates(job, placements))
+    best = _best(job, rates, card_name, budget, _candidates(job, placements))
+    return replace(best, fixed=placements is not None)
+
+
+def plan_larger(model: PreTrainedModel, now: Plan, *, tokens: int, longest: int) -> Plan:
+    """`now` for a batch larger than it was made for: the same budget, and the same placements if they were chosen.
+
+    Raises:
+        BudgetError: the larger batch does not fit.
+
+    """
+    tokens, longest = max(tokens, now.tokens), max(longest, now.longest)
+    if now.budget is None:
+        return replace(now, tokens=tokens, longest=longest, memory={}, step_ms={}, notes=())
+    placements = now.layers[0].placements if now.fixed else None
+    return plan(model, tokens=tokens, longest=longest, vram=now.budget, placements=placements)
 
 
 def parse_bytes(size: str | int) -> int:
@@ -213,7 +228,8 @@ def _fixed(placements: Placements, names: list[str]) -> frozenset[str]:
         return frozenset(names if placements == "keep" else ())
     chosen = {"x": Placement.KEEP, **placements}
     for name, placement in chosen.items():
-        if name not in ("x", *names) or placement not in set(Placement):
+        known = {"x", *RECOMPUTE_ALL.placements}  # also of other kinds of layer: no harm in naming them
+        if name not in known or placement not in set(Placement):
             raise ConfigError(
                 f"placements[{name!r}]={placement!r}; expected x, {', '.join(names)} -> "
                 f"{', '.join(Placement)}"

@@ -10,7 +10,7 @@ from transformers import TextStreamer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 class _Pieces(TextStreamer):
@@ -25,7 +25,7 @@ class _Pieces(TextStreamer):
 
 
 def answer(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     messages: list[dict[str, str]],
     *,

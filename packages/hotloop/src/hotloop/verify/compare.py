@@ -50,7 +50,7 @@ class Question:
         parameters = list(self.trained.values())
         found = torch.autograd.grad(loss * self.scale, parameters, allow_unused=True)
         gradients = (g if g is None or self.scale == 1 else g / self.scale for g in found)
-        by_name = dict(zip(self.trained, gradients, strict=True))
+        by_name: dict[str, Tensor | None] = dict(zip(self.trained, gradients, strict=True))
         return Gradients(loss=float(loss.detach()), by_name=by_name, token_losses=tokens)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hotloop_core import (
     Attention,
@@ -18,7 +17,6 @@ from hotloop_core import (
 )
 from hotloop_core.errors import UnsupportedError, WireError
 from hotloop_core.plan import KEEP_ALL
-from torch import nn
 
 from . import masks
 from .classes import STATE, wired_class
@@ -27,6 +25,11 @@ from .norm import NormState
 from .receipt import Receipt, Swap
 from .root import RootState
 from .views import EXCEPTIONS, Refusal, linear_view, refuse
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from torch import nn
 
 __all__ = ["EXCEPTIONS", "Receipt", "receipt_of", "wire"]
 

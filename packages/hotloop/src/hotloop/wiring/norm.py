@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from hotloop_core import Norms
 from hotloop_engine.ops.layer_norm import layer_norm
 from hotloop_engine.ops.rms_norm import rms_norm
 from torch import Tensor, nn
 
 from .classes import STATE, role
-from .layer import Shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hotloop_core import Norms
+
+    from .layer import Shared
 
 
 @dataclass(eq=False)

@@ -16,8 +16,10 @@ from hotloop_engine.ops.linear_cross_entropy import (
     linear_log_probs,
     shift_labels,
 )
+from hotloop_engine.attention import Sequences
 from torch import Tensor, nn
 
+from ..planner import plan_larger
 from .classes import STATE, role
 from .head import head_weight
 from .layer import SEQUENCES, Shared, sequences_of
@@ -106,6 +108,8 @@ def forward(root: nn.Module, own_forward: Callable[..., Any], *args: Any, **kwar
         )
     if not cached:
         kwargs = _with_sequences(kwargs)
+        if _records(root):
+            _plan_for(root, state, kwargs.get(SEQUENCES))
     shifted = kwargs.get("shift_labels")
     if request is not None:
         return _fused(root, state, request, kwargs)
@@ -116,6 +120,16 @@ def forward(root: nn.Module, own_forward: Callable[..., Any], *args: Any, **kwar
 
 def _records(root: nn.Module) -> bool:
     return root.training and torch.is_grad_enabled()
+
+
+def _plan_for(root: Any, state: RootState, sequences: Sequences | None) -> None:
+    """Plans again where a batch outgrows the plan; a batch that fits no plan is refused before it runs."""
+    now = state.shared.plan
+    if sequences is None or not now.tokens:
+        return
+    if sequences.tokens > now.tokens or sequences.longest > now.longest:
+        larger = plan_larger(root, now, tokens=sequences.tokens, longest=sequences.longest)
+        state.receipt.replan(larger)
 
 
 def _with_sequences(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+from hotloop_engine.ops._select import CUDA, EVERYWHERE, implementation, register
 
-from .._select import CUDA, EVERYWHERE, implementation, register
+if TYPE_CHECKING:
+    from torch import Tensor
 
 register("dropout", "triton", partial(import_module, f"{__name__}.kernel"), CUDA)
 register("dropout", "reference", partial(import_module, f"{__name__}.reference"), EVERYWHERE)
