@@ -9,6 +9,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -102,9 +103,15 @@ def workplace(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set")  # Trainer's default, on a CPU
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
-def test_its_python_runs(page: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for source in _files_of(page, workplace):
-        monkeypatch.syspath_prepend(source)
+def test_its_python_runs(
+    page: Path,
+    workplace: Path,
+    project_of: Callable[[Path, Path], list[Path]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for file in project_of(page, workplace):
+        if "src" in file.parts:
+            monkeypatch.syspath_prepend(str(file.parents[1]))
     document = sybil.Sybil(parsers=[PythonCodeBlockParser()], filenames=[page.name]).parse(page)
     examples = list(document.examples())
     assert len(examples) == len(blocks(page, "python"))
@@ -114,20 +121,6 @@ def test_its_python_runs(page: Path, workplace: Path, monkeypatch: pytest.Monkey
     for name in set(sys.modules) - before:
         if name.startswith(("hotloop_granite", "hotloop_npy")):
             del sys.modules[name]
-
-
-def _files_of(page: Path, workplace: Path) -> set[Path]:
-    """Writes each block that begins with a comment `# some/path`; returns the `src` folders."""
-    sources: set[Path] = set()
-    for block in blocks(page, "(?:python|toml)"):
-        first, _, rest = block.partition("\n")
-        found = re.fullmatch(r"# ([\w/-]+/[\w.-]+)", first)
-        if found:
-            path = workplace / found[1]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(rest)
-            sources |= {parent for parent in path.parents if parent.name == "src"}
-    return sources
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

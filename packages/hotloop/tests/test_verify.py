@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -177,10 +178,10 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was_found(monkeypatch):
     model = with_lora(tiny())
     receipt = wire(model)
     classes = [type(m) for m in model.modules()]
-    monkeypatch.setattr("hotloop.verify.wired_run", lambda *a: 1 / 0)
+    monkeypatch.setattr(sys.modules["hotloop.verify"], "wired_run", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         verify(model, batch())
-    monkeypatch.setattr("hotloop.verify.exact_gradients", lambda *a: 1 / 0)
+    monkeypatch.setattr(sys.modules["hotloop.verify"], "exact_gradients", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         verify(model, batch())
     assert receipt_of(model) is receipt and not receipt.undone

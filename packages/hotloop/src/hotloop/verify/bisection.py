@@ -23,15 +23,14 @@ def bisect_ops(
 
     rows: what it gave with every op on.
     """
-    shared = receipt.shared
-    norm = receipt.family.layer_spec(shared.facts.config, 0).norms.kind
+    norm = receipt.family.layer_spec(receipt.shared.facts.config, 0).norms.kind
     unused = {"layer_norm" if norm == "rms" else "rms_norm"}
     trials: list[Trial] = []
     for op in (*(op for op in ENGINE_OPS if op not in unused), "attention"):
         if op == "attention":
-            found = wired_run(ask, receipt, backend="reference")
+            found = wired_run(ask, receipt, attention="reference")
         else:
-            found = wired_run(ask, receipt, ops={**shared.ops, op: "reference"})
+            found = wired_run(ask, receipt, ops={op: "reference"})
         by_name = {row.name: row for row in standard.rows(found)}
         worst = max(row.ratio for row in by_name.values())
         trials.append(Trial(op=op, worst=worst, total=by_name[TOTAL].ours))

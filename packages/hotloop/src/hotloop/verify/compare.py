@@ -119,10 +119,21 @@ def _token_spread(found: Gradients, exact: Gradients) -> float:
     return _relative(distance, abs(float(exact.token_losses.sum())))
 
 
-def wired_run(ask: Question, receipt: Receipt, **options: Any) -> Gradients:
-    """The wired model's answer, with deterministic attention and `options` of the wiring (ops, backend) in force."""
-    changes = {"deterministic": True, **options}
-    with attributes((receipt.shared, name, value) for name, value in changes.items()):
+def wired_run(
+    ask: Question,
+    receipt: Receipt,
+    *,
+    ops: Mapping[str, str] | None = None,
+    attention: str | None = None,
+) -> Gradients:
+    """The wired model's answer with deterministic attention; `ops` and `attention` override what it was wired with."""
+    shared = receipt.shared
+    changes = {
+        "deterministic": True,
+        "ops": {**shared.ops, **(ops or {})},
+        "backend": shared.backend if attention is None else attention,
+    }
+    with attributes((shared, name, value) for name, value in changes.items()):
         return ask.run()
 
 

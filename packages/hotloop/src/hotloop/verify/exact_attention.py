@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 NAME = "hotloop_exact"
 
 
-def exact_attention(
+def _attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -57,6 +57,6 @@ def exact_attention(
 
 def register() -> str:
     """Makes the implementation known to transformers; returns its name."""
-    AttentionInterface.register(NAME, exact_attention)
+    AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     return NAME

@@ -1,0 +1,85 @@
+"""The promise to third parties: the packages of the documentation, built and installed as a stranger would."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+Install = Callable[..., Path]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+DOCS = Path(__file__).parents[1] / "docs"
+RELEASED = ("hotloop-llama", "hotloop-safetensors")
+PAGES = {"hotloop-granite": "write-a-family.md", "hotloop-npy": "write-an-exporter.md"}
+
+TRAIN_AND_EXPORT = """
+import sys
+import numpy, torch
+import hotloop
+from hotloop.wiring import receipt_of
+from hotloop_testkit.tiny import tokenizer
+from transformers import GraniteConfig, GraniteForCausalLM
+
+torch.manual_seed(0)
+config = GraniteConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, vocab_size=320, max_position_embeddings=256)
+GraniteForCausalLM(config).save_pretrained("tiny")
+tokenizer(320).save_pretrained("tiny")
+model, words = hotloop.load("tiny", bits=16, max_seq_len=64)
+model = hotloop.add_lora(model, r=4)
+assert receipt_of(model).family.name == "granite"
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+ids = torch.randint(320, (2, 32))
+losses = []
+for _ in range(8):
+    loss = model.train()(input_ids=ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+assert losses[-1] < losses[0] - 0.05, losses
+hotloop.export(model, words, "arrays", format="npy")
+merged = model.merge_and_unload()
+expected = merged.model.layers[0].self_attn.q_proj.weight.detach().numpy()
+found = numpy.load("arrays/model.layers.0.self_attn.q_proj.weight.npy")
+numpy.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+"""
+
+
+@pytest.fixture(scope="module")
+def projects(
+    project_of: Callable[[Path, Path], list[Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("strangers")
+    for page in PAGES.values():
+        assert project_of(DOCS / page, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def python(install: Install, projects: Path) -> Path:
+    """An environment with Hotloop's wheels and the strangers' packages."""
+    return install("hotloop", "hotloop-testkit", *RELEASED, *(projects / name for name in PAGES))
+
+
+def test_hotloop_lists_their_packages(python: Path, run: Run) -> None:
+    listed = run(python.parent / "hotloop", "plugins", "--json")
+    assert listed.returncode == 0, listed.stderr
+    found = {plugin["distribution"]: plugin["problem"] for plugin in json.loads(listed.stdout)}
+    assert found == dict.fromkeys([*RELEASED, *PAGES])
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_their_conformance_tests_pass(name: str, python: Path, projects: Path, run: Run) -> None:
+    done = run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", projects / name / "tests")
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_a_model_of_their_family_trains_and_their_format_holds_it(python: Path, run: Run) -> None:
+    done = run(python, "-c", TRAIN_AND_EXPORT)
+    assert done.returncode == 0, done.stderr[-4000:]
