@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from hotloop.verify import verify
-from hotloop.verify.truth import exact_gradients
+from hotloop.verification import verify
+from hotloop.verification.truth import exact_gradients
 from hotloop.wiring import receipt_of, wire
 from hotloop_core.errors import ConfigError, DataError, GradientError, WireError
 from hotloop_core.plan import RECOMPUTE_ALL, Plan
@@ -178,10 +178,10 @@ def test_a_failure_on_the_way_leaves_the_model_as_it_was_found(monkeypatch):
     model = with_lora(tiny())
     receipt = wire(model)
     classes = [type(m) for m in model.modules()]
-    monkeypatch.setattr(sys.modules["hotloop.verify"], "wired_run", lambda *a: 1 / 0)
+    monkeypatch.setattr(sys.modules["hotloop.verification"], "wired_run", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         verify(model, batch())
-    monkeypatch.setattr(sys.modules["hotloop.verify"], "exact_gradients", lambda *a: 1 / 0)
+    monkeypatch.setattr(sys.modules["hotloop.verification"], "exact_gradients", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         verify(model, batch())
     assert receipt_of(model) is receipt and not receipt.undone

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .lora import add_lora
     from .planner import plan
     from .training import Recipe, train
-    from .verify import verify
+    from .verification import verify
     from .wiring import wire
 
 __version__ = "0.1.0"
@@ -58,7 +58,7 @@ _HOMES = {
     "standardize_data_formats": "chat_templates",
     "train": "training",
     "train_on_responses_only": "chat_templates",
-    "verify": "verify",
+    "verify": "verification",
     "wire": "wiring",
 }
 

@@ -174,5 +174,5 @@ def test_verify_compares_and_exits_by_the_verdict(
     good = CliRunner().invoke(app, arguments)
     assert good.exit_code == 0, good.output
     assert json.loads(good.stdout[good.stdout.index("{") :])
-    monkeypatch.setattr("hotloop.verify.report.Report.ok", property(lambda self: False))
+    monkeypatch.setattr("hotloop.verification.report.Report.ok", property(lambda self: False))
     assert CliRunner().invoke(app, arguments).exit_code == 1

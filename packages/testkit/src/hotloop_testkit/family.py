@@ -103,7 +103,7 @@ class FamilyConformance(Conformance, kit=True):
     def test_loss_and_every_gradient_are_no_worse_than_eager(
         self, kind: str, precision: str, lora: bool
     ) -> None:
-        from hotloop.verify import verify
+        from hotloop.verification import verify
 
         model = self._model(lora=lora)
         inputs = batch(kind, model.config.vocab_size)

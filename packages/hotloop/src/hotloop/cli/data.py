@@ -46,5 +46,5 @@ def show_row(tokenizer: PreTrainedTokenizerBase, row: Row, title: str) -> None:
     pairs = zip(row.ids.tolist(), (row.labels >= 0).tolist(), strict=True)
     for trained, group in groupby(pairs, key=lambda pair: pair[1]):
         ids = [token for token, _ in group]
-        text.append(tokenizer.decode(ids), style="green" if trained else "dim")
+        text.append(str(tokenizer.decode(ids)), style="green" if trained else "dim")
     console().print(Panel(text, title=title, title_align="left"), soft_wrap=False)

@@ -48,7 +48,7 @@ def verify(
     """Compare loss and every gradient, wired and eager, with fp32 truth. Exit status 1 if any is worse."""
     from hotloop.loading import load
     from hotloop.lora import add_lora
-    from hotloop.verify import verify as compare
+    from hotloop.verification import verify as compare
 
     loaded, tokenizer = load(
         model, bits=bits, dtype=dtype, max_seq_len=tokens, full_finetuning=not lora

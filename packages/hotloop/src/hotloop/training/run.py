@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import time
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +127,7 @@ class Run:
         self.model.eval()
         with torch.no_grad(), self._autocast():
             for index in range(len(self.held_out_bins)):
-                batch = collate([self.held_out_bins[index]])
+                batch: dict[str, Any] = {**collate([self.held_out_bins[index]])}
                 count = int((batch["labels"][:, 1:] != -100).sum())
                 inputs = {k: v.to(self.device) if hasattr(v, "to") else v for k, v in batch.items()}
                 total += float(self.model(**inputs).loss) * count
@@ -230,7 +230,7 @@ class Run:
     def _scaled(self) -> bool:
         return self.device.type == "cuda" and self.compute_dtype is torch.float16
 
-    def _autocast(self) -> AbstractContextManager[None]:
+    def _autocast(self) -> torch.autocast:
         enabled = self.device.type == "cuda" and self.compute_dtype is not torch.float32
         return torch.autocast(self.device.type, dtype=self.compute_dtype, enabled=enabled)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -33,14 +33,13 @@ class LazyTensor(Tensor):
     _make: Callable[[], Tensor]
     _made: Tensor | None
 
-    @staticmethod
     def __new__(
         cls,
         make: Callable[[], Tensor],
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
-    ) -> LazyTensor:
+    ) -> Self:
         """`make` returns the values; it is called at most once."""
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         self._make, self._made = make, None

@@ -95,5 +95,5 @@ def _attention(
     if isinstance(attention_mask, LazyMask):
         attention_mask = attention_mask.original()
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    function = eager if original == "eager" else AttentionInterface()[original]
+    function: Any = eager if original == "eager" else AttentionInterface()[original]
     return function(module, query, key, value, attention_mask, **kwargs)

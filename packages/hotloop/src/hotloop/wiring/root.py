@@ -10,13 +10,13 @@ from typing import Any, cast
 import torch
 from hotloop_core import FamilySpec
 from hotloop_core.kernels import HeadLossOptions
+from hotloop_engine.attention import Sequences
 from hotloop_engine.ops.linear_cross_entropy import (
     TrainedRows,
     linear_cross_entropy,
     linear_log_probs,
     shift_labels,
 )
-from hotloop_engine.attention import Sequences
 from torch import Tensor, nn
 
 from ..planner import plan_larger

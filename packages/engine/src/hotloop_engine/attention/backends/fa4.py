@@ -56,7 +56,9 @@ class FlashAttention4(Backend):
         options: Options,
         out: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        from flash_attn.cute.interface import _flash_attn_fwd
+        from flash_attn.cute.interface import (  # pyright: ignore[reportMissingImports]
+            _flash_attn_fwd,
+        )
 
         o_THK, lse_HT, *_ = _flash_attn_fwd(
             *(aligned(x) for x in (q_THK, k_TGK, v_TGK)),
@@ -81,7 +83,9 @@ class FlashAttention4(Backend):
         options: Options,
         out: Gradients | None,
     ) -> Gradients:
-        from flash_attn.cute.interface import _flash_attn_bwd
+        from flash_attn.cute.interface import (  # pyright: ignore[reportMissingImports]
+            _flash_attn_bwd,
+        )
 
         targets = [x if is_aligned(x) else None for x in out] if out else [None] * 3
         dq_THK, dk_TGK, dv_TGK = _flash_attn_bwd(
