@@ -52,7 +52,9 @@ def main() -> None:
         model.zero_grad(set_to_none=True)
         times.append([1e3 * (t1 - t0), 1e3 * (t2 - t1), 1e3 * (t3 - t2)])
     f, b, w = (sorted(column)[4] for column in zip(*times, strict=True))
-    print(json.dumps({"forward_ms": round(f, 2), "backward_ms": round(b, 2), "wait_ms": round(w, 2)}))
+    print(
+        json.dumps({"forward_ms": round(f, 2), "backward_ms": round(b, 2), "wait_ms": round(w, 2)})
+    )
     for what in ("forward", "backward"):
         loss = forward() if what == "backward" else None
         torch.cuda.synchronize()

@@ -82,7 +82,9 @@ def main() -> None:
         if e.device_type == torch.autograd.DeviceType.CUDA:
             kinds[kind_of(e.key)] += e.self_device_time_total / 2000
     print(json.dumps({"step_ms": round(wall_ms, 2), "kernel_ms": round(sum(kinds.values()), 2)}))
-    print(json.dumps({kind: round(ms, 2) for kind, ms in sorted(kinds.items(), key=lambda i: -i[1])}))
+    print(
+        json.dumps({kind: round(ms, 2) for kind, ms in sorted(kinds.items(), key=lambda i: -i[1])})
+    )
     rows = [e for e in kernels if e.device_type == torch.autograd.DeviceType.CUDA]
     for e in sorted(rows, key=lambda e: -e.self_device_time_total)[: a.rows]:
         print(f"{e.self_device_time_total / 2000:9.3f} ms {e.count // 2:5d}x {e.key[:120]}")

@@ -2,7 +2,8 @@
 
     python benchmarks/results.py [benchmarks/history/yardstick.jsonl]
 
-Of several rows for one framework and setting the last counts, since the file is only ever appended to.
+Of several rows for one framework and setting the last counts, since the file is only ever appended to. Models cut to
+a few layers, which serve profiling, are left out.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def read(path: Path = HISTORY) -> list[Row]:
     if not path.is_file():
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [row for row in rows if "batch" in row and "framework" in row]
+    steps = [row for row in rows if "batch" in row and "framework" in row]
+    return [row for row in steps if not str(row.get("model")).endswith("layers")]
 
 
 def table(rows: list[Row]) -> str:
@@ -38,7 +40,7 @@ def table(rows: list[Row]) -> str:
     if not rows:
         return "No rows yet."
     cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in rows:
+    for row in sorted(rows, key=_order):
         cells.setdefault(_setting(row), {})[row["framework"]] = _cell(row)
     columns = [name for name in NAMES if any(name in line for line in cells.values())]
     lines = [
@@ -61,6 +63,12 @@ def _setting(row: Row) -> tuple[str, ...]:
     if row.get("vram"):
         parts.append(f"under {row['vram']:g} GiB")
     return str(row.get("card", "")), ", ".join(parts)
+
+
+def _order(row: Row) -> tuple[object, ...]:
+    """Rows of one setting stay in the order of the file, because sorting is stable."""
+    base = (str(row.get("card", "")), str(row.get("model", "")), row["bits"], row["ckpt"])
+    return (*base, row.get("vram") or 0, row["seq"], row["batch"])
 
 
 def _cell(row: Row) -> str:

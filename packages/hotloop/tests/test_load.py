@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from hotloop.loading import load
+from hotloop.loading import load, load_tokenizer
 from hotloop.wiring import receipt_of
 from hotloop_core.errors import (
     BudgetError,
@@ -16,6 +16,7 @@ from hotloop_core.errors import (
     UnsupportedError,
 )
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 
 def plain(path, **options):
@@ -45,9 +46,23 @@ def test_loading_a_folder_gives_its_weights_frozen_in_fp32_on_a_cpu(tiny_llama):
         assert torch.equal(parameter, stored[name])
         assert parameter.dtype == torch.float32
         assert not parameter.requires_grad
-    assert tokenizer.model_max_length == 64
+    own = AutoTokenizer.from_pretrained(tiny_llama)
+    assert tokenizer.model_max_length == own.model_max_length
     assert model.config.use_cache is False
     assert model.generation_config.use_cache is not False
+
+
+def test_the_tokenizer_alone_is_the_one_that_comes_with_the_model(copy):
+    tokenizer = AutoTokenizer.from_pretrained(copy)
+    tokenizer.model_max_length, tokenizer.pad_token = 200, None
+    tokenizer.save_pretrained(copy)
+    alone, beside = load_tokenizer(copy), plain(copy)[1]
+    assert alone("the fox").input_ids == beside("the fox").input_ids
+    assert alone.pad_token == beside.pad_token == "<pad>"
+    assert alone.model_max_length == beside.model_max_length == 200
+    shutil.rmtree(copy)
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_tokenizer(copy)
 
 
 def test_a_dtype_is_taken_as_asked(tiny_llama):

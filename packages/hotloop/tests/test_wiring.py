@@ -316,8 +316,7 @@ def test_a_4d_mask_is_refused():
 
 
 def test_wiring_twice_and_unknown_exceptions_are_errors():
-    model = tiny()
-    wire(model)
+    wire(model := tiny())
     with pytest.raises(WireError, match="undo it first"):
         wire(model)
     with pytest.raises(WireError, match="no exception is called nonsense"):
@@ -330,11 +329,8 @@ def test_hidden_states_and_attentions_are_those_of_the_model():
     expected = model(**inputs, output_hidden_states=True, output_attentions=True)
     wire(model)
     found = model(**inputs, output_hidden_states=True, output_attentions=True)
-    assert len(found.hidden_states) == len(expected.hidden_states)
-    for a, b in zip(
-        found.hidden_states + found.attentions, expected.hidden_states + expected.attentions
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    ours, theirs = (out.hidden_states + out.attentions for out in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert_same(loss_and_gradients(model.train(), batch()), loss_and_gradients(tiny(), batch()))
 
 

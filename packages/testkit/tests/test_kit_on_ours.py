@@ -25,6 +25,18 @@ class TestRopeInTriton(OpConformance):
     op, impl = "rope", "triton"
 
 
+class TestLayerNormInTriton(OpConformance):
+    op, impl = "layer_norm", "triton"
+
+
+class TestNf4InTriton(OpConformance):
+    op, impl = "nf4", "triton"
+
+
+class TestCrossEntropyRowsInTriton(OpConformance):
+    op, impl = "linear_cross_entropy", "triton"
+
+
 class TestSafetensors(ExporterConformance):
     spec = discover().exporter("safetensors")
     quant = "32bit"
@@ -83,6 +95,34 @@ def test_the_op_suite_finds_a_write_beside_the_buffer(register):
     checks = suite("rms_norm")
     with pytest.raises(AssertionError, match="written beside"):
         checks.test_strided_inputs_and_buffers_give_the_same_bits_and_nothing_else_is_touched()
+
+
+def test_the_op_suite_finds_swapped_nibbles(register):
+    reference = _select._registered["nf4"]["reference"].load()
+
+    class Swapped:
+        def forward(self, weight, *, out):
+            packed = (weight.packed >> 4) | (weight.packed << 4)
+            return reference.forward(dataclasses.replace(weight, packed=packed), out=out)
+
+    register("nf4", "broken", Swapped())
+    with pytest.raises(AssertionError, match="plain: error"):
+        suite("nf4").test_it_is_no_worse_than_the_reference(5, 100, "float32")
+
+
+def test_the_op_suite_finds_a_missing_entropy_gradient(register):
+    reference = _select._registered["linear_cross_entropy"]["reference"].load()
+
+    class NoEntropy:
+        forward_ = staticmethod(reference.forward_)
+        scale_rows_ = staticmethod(reference.scale_rows_)
+
+        def backward_(self, *args, dentropy_T, **kwargs):
+            reference.backward_(*args, dentropy_T=None, **kwargs)
+
+    register("linear_cross_entropy", "broken", NoEntropy())
+    with pytest.raises(AssertionError, match="plain dlogits: error"):
+        suite("linear_cross_entropy").test_it_is_no_worse_than_the_reference(5, 100, "float32")
 
 
 def test_the_family_suite_finds_a_description_that_does_not_fit():

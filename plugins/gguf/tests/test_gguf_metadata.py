@@ -9,7 +9,7 @@ import pytest
 import torch
 from hotloop_core import ExportFacts, TensorEntry, discover, facts_of
 from hotloop_core.errors import UnsupportedError
-from hotloop_gguf.metadata import hyperparameters, rope_factors
+from hotloop_gguf.metadata import hyperparameters, notes, rope_factors
 from hotloop_gguf.mixes import MIXES, storage
 from hotloop_gguf.names import tensor_name
 from hotloop_gguf.transforms import add_one, rope_interleave_k, rope_interleave_q, transform_named
@@ -86,6 +86,67 @@ def test_a_family_reads_config_keys_and_gives_literals() -> None:
 def test_what_the_architecture_cannot_say_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         hyperparameters(replace(model(), **change), FACTS)
+
+
+def family_model(model_type: str, **config: Any) -> tuple[Any, ExportFacts]:
+    sizes = {
+        "hidden_size": 4608,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 46,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "vocab_size": 320,
+        "head_dim": 128,
+    }
+    family = discover().match({"model_type": model_type})
+    facts = facts_of(family, {"model_type": model_type, "hidden_act": "silu", **sizes, **config})
+    return facts, family.exports["gguf"]
+
+
+@pytest.mark.parametrize(
+    "model_type, layers, hidden", [("gemma2", 46, 4608), ("gemma3_text", 62, 5376)]
+)
+def test_the_attention_scale_of_gemma_27b_needs_no_key_and_another_one_is_refused(
+    model_type: str, layers: int, hidden: int
+) -> None:
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden}
+    scale = {"query_pre_attn_scalar": hidden // 32}
+    assert hyperparameters(*family_model(model_type, **sizes, **scale))
+    for wrong in (sizes | {"query_pre_attn_scalar": 128}, scale | {"num_hidden_layers": 26}):
+        with pytest.raises(UnsupportedError, match="attention_scale"):
+            hyperparameters(*family_model(model_type, **wrong))
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2"])
+def test_an_untied_gemma_1_or_2_is_refused_by_name(model_type: str) -> None:
+    scale = {"query_pre_attn_scalar": 144}
+    assert hyperparameters(*family_model(model_type, **scale))
+    with pytest.raises(UnsupportedError, match=f"tied=False.*'{model_type}'.*takes True"):
+        hyperparameters(*family_model(model_type, **scale, tie_word_embeddings=False))
+
+
+@pytest.mark.parametrize("cap", ["attn_logit_softcapping", "final_logit_softcapping"])
+def test_a_gemma_2_without_a_soft_cap_is_refused_since_readers_assume_one(cap: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"llama.cpp takes .*0 where .*'{cap}'"):
+        hyperparameters(*family_model("gemma2", query_pre_attn_scalar=144, **{cap: None}))
+
+
+@pytest.mark.parametrize(
+    "model_type, window, told",
+    [
+        ("mistral", {"sliding_window": 4096}, "46 of 46 layers see only the last 4,096"),
+        ("mistral", {"sliding_window": None}, None),
+        ("mistral", {"sliding_window": 32768}, None),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 40}, "6 of 46"),
+        ("qwen2", {}, None),
+        ("gemma2", {"query_pre_attn_scalar": 144, "sliding_window": 9}, None),
+    ],
+)
+def test_a_window_that_the_architecture_cannot_say_is_noted(
+    model_type: str, window: dict[str, Any], told: str | None
+) -> None:
+    found = notes(*family_model(model_type, max_position_embeddings=32768, **window))
+    assert found == [] if told is None else told in found[0]
 
 
 def test_a_misnamed_field_is_refused_with_what_to_write() -> None:

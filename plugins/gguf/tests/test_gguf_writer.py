@@ -18,6 +18,7 @@ METADATA = {
     "a.text": "é<|x|>",
     "a.ints": [1, -2, 3],
     "a.floats": [0.5, -1.0],
+    "a.bools": [True, False, True],
     "a.texts": ["", "a b", "▁\n"],
 }
 TENSORS = [
@@ -48,6 +49,8 @@ def test_the_gguf_package_reads_what_the_writer_writes(tmp_path: Path) -> None:
     for key, value in METADATA.items():
         found = reader.fields[key].contents()
         assert found == value and type(found) is type(value)
+        if isinstance(value, list):
+            assert [type(item) for item in found] == [type(item) for item in value]
     read = {t.name: t for t in reader.tensors}
     assert read["odd"].data.tolist() == [0, 1, 2]
     assert read["matrix"].data.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]

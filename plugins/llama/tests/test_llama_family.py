@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pytest
 from hotloop_llama import LLAMA
 from hotloop_testkit.family import FamilyConformance
 from transformers import LlamaConfig
@@ -51,7 +50,3 @@ class TestLlamaWithBiases(FamilyConformance):
     def tiny_config(self):
         sizes = {**SIZES, "num_key_value_heads": 4}
         return LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)
-
-    @pytest.mark.xfail(reason="transformers reads no biases from a GGUF of this architecture")
-    def test_gguf_export_comes_back(self, tmp_path):
-        super().test_gguf_export_comes_back(tmp_path)

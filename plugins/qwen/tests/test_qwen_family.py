@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import pytest
 from hotloop_qwen import QWEN2, QWEN3
 from hotloop_testkit.family import FamilyConformance
 from transformers import Qwen2Config, Qwen3Config
@@ -46,12 +45,6 @@ class TestQwen3(FamilyConformance):
     def tiny_config(self):
         return Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)
 
-    @pytest.mark.xfail(
-        reason="hotloop.loading takes the config from transformers, which drops head_dim"
-    )
-    def test_gguf_export_comes_back(self, tmp_path):
-        super().test_gguf_export_comes_back(tmp_path)
-
 
 class TestQwen3WithBiases(FamilyConformance):
     """attention_bias puts one on o, too."""
@@ -60,9 +53,3 @@ class TestQwen3WithBiases(FamilyConformance):
 
     def tiny_config(self):
         return Qwen3Config(**SIZES, head_dim=16, attention_bias=True)
-
-    @pytest.mark.xfail(
-        reason="hotloop.loading takes the config from transformers, which drops head_dim"
-    )
-    def test_gguf_export_comes_back(self, tmp_path):
-        super().test_gguf_export_comes_back(tmp_path)

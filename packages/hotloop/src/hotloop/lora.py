@@ -14,6 +14,7 @@ from hotloop_core.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from hotloop_core.family import Config
     from peft import PeftModel
     from transformers import PreTrainedModel
 
@@ -109,7 +110,7 @@ def add_lora(
     return adapted
 
 
-def projections(spec: FamilySpec, config: dict) -> dict[str, str]:
+def projections(spec: FamilySpec, config: Config) -> dict[str, str]:
     """Role -> path within the layer, of the projections that the family describes."""
     layer = spec.layer_spec(config, 0)
     parts = (layer.attention, layer.mlp)

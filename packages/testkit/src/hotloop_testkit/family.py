@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import io
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 SLACK = 0.3
 """How much larger than eager's an error may be. Models this small have few roundings, so chance weighs more."""
+SUM_ROUNDING = torch.finfo(torch.float32).eps
+"""How far off w may be that a file holds as 1 + w in fp32, for |w| < 1."""
 CASES = [
     (kind, precision)
     for kind in ("dense", "padded", "packed")
@@ -115,11 +117,14 @@ class FamilyConformance(Conformance, kit=True):
     @pytest.mark.parametrize("kind", ["dense", "padded"])
     @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
     def test_logits_are_no_worse_than_eager(self, kind: str, precision: str) -> None:
+        from hotloop.verification import exact_attention
+
         model = self._model(lora=True).eval()
         inputs = batch(kind, model.config.vocab_size)
         del inputs["labels"]
         real = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         exact = copy.deepcopy(model).double()
+        exact.get_base_model().set_attn_implementation(exact_attention.register())
 
         def logits(of: Model) -> dict[str, torch.Tensor]:
             return {"logits": of(**inputs, use_cache=False).logits[real]}
@@ -204,7 +209,11 @@ class FamilyConformance(Conformance, kit=True):
         model = self._model(lora=True).eval()
         self._wire(model)
         export(model, None, tmp_path, format="safetensors", quant="32bit")
-        loaded: Model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        # Not kept in config.json, and the default differs between releases of transformers.
+        attention = model.config._attn_implementation
+        loaded: Model = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportUnknownMemberType]
+            tmp_path, dtype=torch.float32, attn_implementation=attention
+        ).eval()
         inputs = {"input_ids": batch("dense", model.config.vocab_size)["input_ids"]}
         with torch.no_grad():
             expected, found = model(**inputs).logits, loaded(**inputs).logits
@@ -226,7 +235,11 @@ class FamilyConformance(Conformance, kit=True):
         loaded, _ = load(
             report.files[0].path, bits=16, dtype="float32", max_seq_len=64, wire=False, device="cpu"
         )
-        assert_same_bits(dict(loaded.state_dict()), dict(model.state_dict()))
+        found, expected = dict(loaded.state_dict()), dict(model.state_dict())
+        for name in _kept_as_a_sum(self.spec, model.config.to_dict(), "gguf"):
+            torch.testing.assert_close(found[name], expected[name], rtol=0, atol=SUM_ROUNDING)
+            found[name] = expected[name]
+        assert_same_bits(found, expected)
 
     def _model(self, *, lora: bool) -> Model:
         model = build(self.tiny_config())
@@ -241,6 +254,19 @@ class FamilyConformance(Conformance, kit=True):
 def _plan(model: Model, layer: LayerPlan) -> Plan:
     layers: int = model.config.num_hidden_layers
     return Plan(layers=(layer,) * layers, tokens=128, longest=128)
+
+
+def _kept_as_a_sum(spec: FamilySpec, config: dict[str, Any], format_name: str) -> set[str]:
+    """The weights that a format holds as 1 + w, by state-dict key; other transforms keep the bits."""
+    transforms = spec.exports[format_name].transforms
+    roles = {role for role, transform in transforms.items() if transform == "add_one"}
+    found = {spec.final_norm} if "final_norm" in roles else set[str]()
+    for index in range(config["num_hidden_layers"]):
+        layer = spec.layer_spec(config, index)
+        for part in (layer.norms, layer.attention):
+            paths = (getattr(part, role, None) for role in roles)
+            found |= {f"{spec.layers}.{index}.{path}" for path in paths if path is not None}
+    return {f"{path}.weight" for path in found}
 
 
 def _require_format(name: str) -> None:

@@ -1,13 +1,18 @@
 """The numeric standard of Hotloop: against higher-precision truth, no worse than eager PyTorch in the same dtype."""
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Mapping
 
 FLOOR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Relative error that counts as exact for a dtype: about the rounding of one stored result."""
@@ -63,7 +68,7 @@ def assert_no_worse_than(
 
 
 @contextmanager
-def poisoned_buffers() -> Iterator[None]:
+def poisoned_buffers() -> Generator[None]:
     """Inside, torch.empty and its kin return memory filled with NaN (or the dtype's largest integer).
 
     An op that forgets to write an element, or reads one before writing it, then shows it.
@@ -74,12 +79,16 @@ def poisoned_buffers() -> Iterator[None]:
             return tensor.fill_(float("nan"))
         return tensor if tensor.dtype == torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
 
-    def wrap(function):
-        return lambda *args, **kwargs: poison(function(*args, **kwargs))
+    def wrap(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def poisoned(*args: Any, **kwargs: Any) -> Tensor:
+            return poison(function(*args, **kwargs))
+
+        return poisoned
 
     names = ("empty", "empty_like", "empty_strided")
+    factories: dict[str, Any] = {name: wrap(getattr(torch, name)) for name in names}
     with (
-        mock.patch.multiple(torch, **{name: wrap(getattr(torch, name)) for name in names}),
+        mock.patch.multiple(torch, **factories),
         mock.patch.object(Tensor, "new_empty", wrap(Tensor.new_empty)),
     ):
         yield

@@ -1,9 +1,11 @@
 """The suite that an op implementation passes: the laws of `hotloop_core.kernels`, against the engine's reference."""
 
 # ruff: noqa: D102 - the name of a check is its claim
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
@@ -23,7 +25,7 @@ SIZES = [(1, 64), (5, 100), (17, 36)]
 
 
 class OpConformance(Conformance, kit=True):
-    """Checks one implementation of rms_norm, layer_norm, rope or glu.
+    """Checks one implementation of rms_norm, layer_norm, rope, glu, nf4 or linear_cross_entropy.
 
         class TestMyNorm(OpConformance):
             op, impl, plugin = "rms_norm", "mine", "my-plugin"
@@ -81,7 +83,7 @@ class OpConformance(Conformance, kit=True):
         assert all(bool(torch.isfinite(value).all()) for value in found.values())
 
     def _load(self, impl: str) -> Any:
-        from hotloop.wiring import _register_ops
+        from hotloop.wiring import _register_ops  # pyright: ignore[reportPrivateUsage]
         from hotloop_core import discover
         from hotloop_engine.ops._select import implementation
 
@@ -181,5 +183,97 @@ def _rope(op: Any, x: dict[str, Tensor], strided: bool) -> dict[str, Tensor]:
     return found
 
 
-CASES = {"rms_norm": _rms_norm, "layer_norm": _layer_norm, "rope": _rope, "glu": _glu}
+def _nf4(op: Any, x: dict[str, Tensor], strided: bool) -> dict[str, Tensor]:
+    from hotloop_core.kernels import FourBitWeight
+
+    buffer, check = _buffer(x["x"], strided)
+    out = torch.empty_like(x["x"]) if buffer is None else buffer  # the one op that never allocates
+    device, blocksize, nested_blocksize = out.device, 16, 4
+    blocks = -(-out.numel() // blocksize)
+    generator = torch.Generator().manual_seed(5)
+    # Uneven values, as those of bitsandbytes' tables.
+    code = torch.linspace(-1, 1, 16).pow(3).to(device)
+    inner = torch.linspace(-1, 1, 256).pow(3).to(device)
+    packed, codes = (
+        torch.randint(256, (n,), generator=generator, dtype=torch.uint8).to(device)
+        for n in (-(-out.numel() // 2), blocks)
+    )
+    absmax, outer = (
+        torch.rand(n, generator=generator).to(device)
+        for n in (blocks, -(-blocks // nested_blocksize))
+    )
+    weight = FourBitWeight(
+        packed=packed,
+        absmax=absmax,
+        code=code,
+        blocksize=blocksize,
+        shape=(out.shape[0], out.shape[1]),
+        dtype=out.dtype,
+        kind="nf4",
+    )
+    nested = replace(
+        weight,
+        absmax=codes,
+        nested_absmax=outer,
+        nested_code=inner,
+        nested_offset=torch.tensor(0.5, device=device),
+        nested_blocksize=nested_blocksize,
+    )
+    plain = op.forward(weight, out=out).clone()
+    check()
+    return {"plain": plain, "nested": op.forward(nested, out=out).contiguous()}
+
+
+def _linear_cross_entropy(op: Any, x: dict[str, Tensor], strided: bool) -> dict[str, Tensor]:
+    from hotloop_core.kernels import HeadLossOptions
+
+    tokens, width = x["x"].shape
+    wide = torch.float64 if x["x"].dtype == torch.float64 else torch.float32
+    labels = torch.arange(tokens, device=x["x"].device) * 7 % width
+    dloss, dlog_prob, dentropy = x["dy"][:, :3].to(wide).unbind(1)
+    again = _strided if strided else Tensor.clone
+    found: dict[str, Tensor] = {}
+    for name, options in {
+        "plain": HeadLossOptions(),
+        "all": HeadLossOptions(
+            label_smoothing=0.1, softcap=5.0, scale=1.5, z_loss=0.01, temperature=0.7
+        ),
+    }.items():
+        at_once, later = again(x["x"]), again(x["x"])
+        op.forward_(at_once, labels, options=options, dloss_T=dloss, want_entropy=False)
+        rows = op.forward_(later, labels, options=options, dloss_T=None, want_entropy=True)
+        assert torch.equal(later, x["x"]), "forward_ without dloss_T changed the logits"
+        op.backward_(
+            later,
+            labels,
+            rows.lse_T,
+            rows.entropy_T,
+            options=options,
+            dloss_T=dloss,
+            dlog_prob_T=dlog_prob,
+            dentropy_T=dentropy,
+        )
+        values = {
+            "loss": rows.loss_T,
+            "log_prob": rows.log_prob_T,
+            "lse": rows.lse_T,
+            "is_top1": rows.is_top1_T.to(wide),
+            "entropy": rows.entropy_T,
+            "dlogits": later,
+            "dlogits of the loss": at_once,
+        }
+        found |= {f"{name} {key}": value.contiguous() for key, value in values.items()}
+    scaled = again(x["up"])
+    op.scale_rows_(scaled, dloss)
+    return {**found, "scaled": scaled.contiguous()}
+
+
+CASES = {
+    "rms_norm": _rms_norm,
+    "layer_norm": _layer_norm,
+    "rope": _rope,
+    "glu": _glu,
+    "nf4": _nf4,
+    "linear_cross_entropy": _linear_cross_entropy,
+}
 """op -> everything that it computes from the inputs, by name; with strided buffers where asked."""

@@ -26,7 +26,7 @@ def build(config: PreTrainedConfig, seed: int = 0) -> Model:
     """The ...ForCausalLM of a config in fp32, with norms and biases that are not all one or zero."""
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
     model = cast("Model", AutoModelForCausalLM.from_config(config))  # pyright: ignore[reportUnknownMemberType]
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
@@ -42,7 +42,7 @@ def with_lora(model: Model, spec: FamilySpec, seed: int = 1) -> Model:
 
     paths = projections(spec, model.config.to_dict())
     targets = [path.rpartition(".")[2] for path in paths.values()]
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
     adapted: Model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     for name, parameter in adapted.named_parameters():
         if ".lora_B." in name:

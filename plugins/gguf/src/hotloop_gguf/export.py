@@ -72,7 +72,7 @@ def export(request: ExportRequest) -> ExportReport:
         quants=request.quants,
         files=tuple(sorted(outputs.files, key=lambda file: names.index(file.path.name))),
         tensors=len(planned),
-        notes=_notes(mixes, planned),
+        notes=(*metadata.notes(request.facts, facts), *_narrowed(mixes, planned)),
     )
 
 
@@ -168,7 +168,7 @@ def _write_tensor(writers: Sequence[GgufWriter], tensor: Planned) -> None:
         writer.write(tensor.name, encode(value, choice.block, tensor.source))
 
 
-def _notes(mixes: Sequence[Mix], planned: Sequence[Planned]) -> tuple[str, ...]:
+def _narrowed(mixes: Sequence[Mix], planned: Sequence[Planned]) -> list[str]:
     notes: list[str] = []
     for i, mix in enumerate(mixes):
         counts = Counter(
@@ -179,4 +179,4 @@ def _notes(mixes: Sequence[Mix], planned: Sequence[Planned]) -> tuple[str, ...]:
             "divide their width"
             for (wanted, used), count in counts.items()
         ]
-    return tuple(notes)
+    return notes

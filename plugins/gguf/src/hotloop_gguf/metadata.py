@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
     from .writer import Value
 
+_WINDOW = "attention.sliding_window"
+_ASSUMED = {"gemma2.attn_logit_softcapping": 50.0, "gemma2.final_logit_softcapping": 30.0}
+"""What llama.cpp takes where a file lacks a key, for keys whose absence would have to mean "none"."""
+
 
 def general(request: ExportRequest, facts: ExportFacts, file_type: int) -> dict[str, Value]:
     """The `general.*` keys. file_type: llama.cpp's number for the mix of storage types."""
@@ -55,7 +59,25 @@ def hyperparameters(model: ModelFacts, facts: ExportFacts) -> dict[str, Value]:
         value = _read(model, source) if isinstance(source, str) else source
         if value is not None:
             keys[key] = value
+        elif f"{facts.architecture}.{key}" in _ASSUMED:
+            raise UnsupportedError(
+                f"the model has no {source}, and llama.cpp takes {_ASSUMED[f'{facts.architecture}.{key}']} "
+                f"where a {facts.architecture!r} file has no {key!r}. Export as safetensors."
+            )
     return {f"{facts.architecture}.{key}": value for key, value in keys.items()}
+
+
+def notes(model: ModelFacts, facts: ExportFacts) -> list[str]:
+    """What readers of the file compute otherwise, within what the architecture can say."""
+    window = model.window
+    if window is None or window >= model.max_positions or _WINDOW in facts.metadata:
+        return []
+    count = sum(model.windowed)
+    return [
+        f"{count} of {model.layers} layers see only the last {window:,} tokens; the architecture "
+        f"{facts.architecture!r} has no key for that, so llama.cpp lets them see everything: in "
+        f"texts longer than {window:,} tokens it computes something else"
+    ]
 
 
 def rope_factors(model: ModelFacts) -> list[float] | None:
@@ -143,20 +165,21 @@ def _rope(model: ModelFacts) -> Mapping[str, Any]:
 
 def _refuse_inexpressible(model: ModelFacts, facts: ExportFacts) -> None:
     named = {source for source in facts.metadata.values() if isinstance(source, str)}
-    standard = {
+    taken = {
         "attention_softcap": None,
         "logit_softcap": None,
         "logit_divisor": 1.0,
         "residual_scale": 1.0,
         "attention_scale": model.head_dim**-0.5,
-    }
-    for field, usual in standard.items():
+    } | {field: implied(model) for field, implied in facts.implied.items()}
+    for field, usual in taken.items():
         value = getattr(model, field)
         if value != usual and field not in named:
             raise UnsupportedError(
                 f"the model has {field}={value}, for which the family's GGUF architecture "
-                f"{facts.architecture!r} names no key: llama.cpp would compute something else. "
-                "Export as safetensors, or name the key in the family's ExportFacts.metadata."
+                f"{facts.architecture!r} names no key: llama.cpp takes {usual} and would compute "
+                "something else. Export as safetensors, or name the key in the family's "
+                "ExportFacts.metadata."
             )
 
 

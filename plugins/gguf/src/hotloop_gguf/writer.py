@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 ALIGNMENT = 32
 Scalar = int | float | bool | str
-Value = Scalar | list[int] | list[float] | list[str]
+Value = Scalar | list[int] | list[float] | list[bool] | list[str]
 
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
 
@@ -111,7 +111,10 @@ def _typed(key: str, value: Value) -> bytes:
     if isinstance(first, str):
         strings = b"".join(_string(str(item)) for item in value)
         return head + struct.pack("<IQ", _STRING, len(value)) + strings
-    kind, code = (_INT32, "i") if isinstance(first, int) else (_FLOAT32, "f")
+    if isinstance(first, bool):
+        kind, code = _BOOL, "?"
+    else:
+        kind, code = (_INT32, "i") if isinstance(first, int) else (_FLOAT32, "f")
     return head + struct.pack(f"<IQ{len(value)}{code}", kind, len(value), *value)
 
 

@@ -2,19 +2,21 @@
 
     h = norm(x);  q, k, v = h W_qkv^T;  q, k = rope(q, k);  o = attention(q, k, v);  y = x + o W_o^T
 
-Saved by name: x (by the caller), qkv (rotated; raw where q/k norms need their input), attention (o and its log-sum-exp).
+Saved by name: x (by the caller), qkv (rotated; raw where q/k norms need it), attention (o and its log-sum-exp).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 import torch
 from hotloop_core.kernels import HeadNorm
 from torch import Tensor
 
-from ..attention import Sequences, choose, request
-from ..ops.lora_linear import GradientSink, LinearGroup, draw_seeds
+from hotloop_engine.attention import Sequences, choose, request
+from hotloop_engine.ops.lora_linear import GradientSink, LinearGroup, draw_seeds
+
 from .context import BlockContext, Norm, NormedInput, NormView, ResidualOutput, Saved
 
 
@@ -35,7 +37,7 @@ class AttentionBlock:
     """The attention half of a layer, for one call: its weights are read when it is made."""
 
     input_name = "x"
-    names = ("qkv", "attention", "attention_out")
+    names: tuple[str, ...] = ("qkv", "attention", "attention_out")
 
     def __init__(
         self,
@@ -116,6 +118,7 @@ class AttentionBlock:
             sink,
             seeds=saved["_seeds_o"],
         )
+        assert do_TN is not None
         del dz
         dqkv = self._attend_backward(do_TN, saved, sink)
         e = saved.pop("_e_qkv", None) if self.qkv.extends(tokens, backward=True) else None
@@ -229,7 +232,7 @@ class AttentionBlock:
         )
         return choose(asked, q.device, self.backend)
 
-    def _options(self) -> dict[str, float | int | bool | None]:
+    def _options(self) -> dict[str, Any]:
         shape = self.shape
         return {
             "scale": shape.scale,
@@ -239,5 +242,5 @@ class AttentionBlock:
         }
 
 
-def _trains(view: NormView | None) -> bool:
+def _trains(view: NormView | None) -> TypeGuard[NormView]:
     return view is not None and view.weight is not None and view.weight.requires_grad

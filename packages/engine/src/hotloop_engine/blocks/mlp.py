@@ -7,19 +7,23 @@ Saved by name: x_mid (the input, by the caller) and gate_up. act(gate) * up is m
 
 from __future__ import annotations
 
-import torch
-from hotloop_core.kernels import Activation
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from ..ops.lora_linear import GradientSink, LinearGroup, draw_seeds
+from hotloop_engine.ops.lora_linear import GradientSink, LinearGroup, draw_seeds
+
 from .context import BlockContext, Norm, NormedInput, NormView, ResidualOutput, Saved
+
+if TYPE_CHECKING:
+    import torch
+    from hotloop_core.kernels import Activation
+    from torch import Tensor
 
 
 class MlpBlock:
     """The MLP half of a layer, for one call: its weights are read when it is made."""
 
     input_name = "x_mid"
-    names = ("gate_up", "mlp_out")
+    names: tuple[str, ...] = ("gate_up", "mlp_out")
 
     def __init__(
         self,
@@ -86,6 +90,7 @@ class MlpBlock:
         dz = self.output.gradient(dy_TD, room, saved, sink)
         e = self.down.extend(tokens, backward=True)
         dt, dh_TI = self.down.backward_input(dz, e, seeds=saved["_seeds_down"])
+        assert dh_TI is not None
         del e
         wide = saved.pop("gate_up")
         gate, up = self._split(wide)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import torch
-    from hotloop_core import FamilySpec, ModelFacts
+    from hotloop_core import ExportFacts, FamilySpec, ModelFacts
     from torch import Tensor
 
     from .gguf_file import GgufFile
@@ -46,6 +46,12 @@ _NOT_WEIGHTS = frozenset({"rope_freqs.weight"})
 """Tensors that the config holds."""
 
 
+def gguf_name(exported: ExportFacts, role: str, layer: int | None = None) -> str | None:
+    """The name of a role's tensor in a file, without its `.weight` or `.bias`; None: it has none."""
+    name = exported.names.get(role, _NAMES.get(role))
+    return None if name is None else name.format(layer=layer)
+
+
 def gguf_state_dict(
     file: GgufFile, spec: FamilySpec, facts: ModelFacts, dtype: torch.dtype
 ) -> dict[str, Tensor]:
@@ -67,11 +73,11 @@ def gguf_state_dict(
         )
     places: dict[str, tuple[str, str | None]] = {}
     for role, layer, path in _paths(spec, facts):
-        name = exported.names.get(role, _NAMES.get(role))
+        name = gguf_name(exported, role, layer)
         if name is None:
             continue
         for part in ("weight", "bias"):
-            key = f"{name.format(layer=layer)}.{part}"
+            key = f"{name}.{part}"
             places[key] = (f"{path}.{part}", exported.transforms.get(role))
     state: dict[str, Tensor] = {}
     for name in file.tensors:

@@ -19,6 +19,7 @@ from .gguf_file import read_gguf
 from .gguf_weights import gguf_state_dict
 from .quantize import nf4_config, require_bits, settle_
 from .source import Hub, Source, fetch, locate
+from .tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     import os
@@ -59,8 +60,7 @@ def load(
             `dtype`. 16: all in `dtype`.
         dtype: default bf16 where the card has it, else fp16; fp32 on a CPU, where 16-bit arithmetic
             is slow.
-        max_seq_len: tokens of the longest sequence; the plan is made for one of them, and the
-            tokenizer gets it as `model_max_length`.
+        max_seq_len: tokens of the longest sequence; the plan is made for one of them.
         vram: budget for the plan, as `hotloop.plan` takes it.
         family: which one, where several plugins claim the model.
         revision: branch, tag or commit on the hub.
@@ -107,7 +107,7 @@ def load(
     checks.require_length(max_seq_len, facts, rope_scaling)
     where = _device(device)
     dtype = _dtype(dtype, where)
-    tokenizer = _tokenizer(source, trust_remote_code, max_seq_len)
+    tokenizer = read_tokenizer(source, remote_code=trust_remote_code)
     checks.require_vocabulary(tokenizer, facts, source.name)
     planned = None
     if wire or vram is not None or placements is not None:
@@ -221,43 +221,6 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError(f"dtype={dtype!r}; expected bfloat16, float16, float32 or None")
     return dtype
-
-
-def _tokenizer(
-    source: Source, trust_remote_code: bool, max_seq_len: int
-) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    from .gguf import gguf_tokenizer
-
-    own = source.adapter is not None and (source.adapter / "tokenizer_config.json").is_file()
-    directory = source.adapter if own else source.directory
-    if source.gguf is not None and not own:
-        tokenizer = gguf_tokenizer(source.directory / source.gguf)
-    else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(directory), trust_remote_code=trust_remote_code
-            )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{directory}: its tokenizer cannot be read: {error}") from error
-    tokenizer.model_max_length = max_seq_len
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = _padding(tokenizer)
-    return tokenizer
-
-
-def _padding(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A token of the vocabulary to pad with: a reserved one, so that EOS is learnt, else EOS."""
-    vocabulary = tokenizer.get_vocab()
-    reserved = ("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
-    spare = [t for t in reserved if t in vocabulary and t != tokenizer.eos_token]
-    if not spare and tokenizer.eos_token is None:
-        raise ConfigError(
-            "the tokenizer has neither a padding token nor an end-of-sequence token; add one, "
-            "resize the embedding and save the model first"
-        )
-    return spare[0] if spare else str(tokenizer.eos_token)
 
 
 def _weights(

@@ -155,7 +155,7 @@ def _of_hub(name: str, hub: Hub) -> Source:
 
 
 def _gguf(name: str, path: Path) -> Source:
-    from .gguf import gguf_config
+    from .gguf_config import gguf_config
 
     return Source(name=name, directory=path.parent, config=gguf_config(path), gguf=path.name)
 

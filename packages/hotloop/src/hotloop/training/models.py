@@ -36,13 +36,12 @@ def load_base(
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The recipe's tokenizer alone, for looking at rows without waiting for weights."""
-    from hotloop.loading.load import _tokenizer
-    from hotloop.loading.source import Hub, fetch, locate
+    from hotloop.loading import load_tokenizer
 
     section = recipe.model
-    hub = Hub(revision=section.revision)
-    source = fetch(locate(section.name, hub), hub, remote_code=section.trust_remote_code)
-    return _tokenizer(source, section.trust_remote_code, section.max_seq_len)
+    return load_tokenizer(
+        section.name, revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
 
 
 def build(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from hotloop_core import Attention, Glu, LayerSpec, ModelFacts, Plan
@@ -25,6 +24,9 @@ from torch import Tensor, nn
 from .classes import STATE, role
 from .masks import LazyMask
 from .views import FourBitCache, Refusal, linear_view, norm_view, refuse
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 SEQUENCES = "hotloop_sequences"
 """The keyword by which the wired root hands the batch's sequences to every layer."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from hotloop_core import FamilySpec
 from hotloop_core.kernels import HeadLossOptions
-from hotloop_engine.attention import Sequences
 from hotloop_engine.ops.linear_cross_entropy import (
     TrainedRows,
     linear_cross_entropy,
@@ -19,11 +16,18 @@ from hotloop_engine.ops.linear_cross_entropy import (
 )
 from torch import Tensor, nn
 
-from ..planner import plan_larger
+from hotloop.planner import plan_larger
+
 from .classes import STATE, role
 from .head import head_weight
 from .layer import SEQUENCES, Shared, sequences_of
 from .lazy import LazyTensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from hotloop_core import FamilySpec
+    from hotloop_engine.attention import Sequences
 
 FUSED = "hotloop_head"
 """The keyword by which TRL's request for a fused head travels through whatever wraps the root's forward."""

@@ -55,9 +55,9 @@ class FourBitCache:
         known = self._known.get(id(weight))
         if known is not None:
             held, address, held_state, view = known
-            if held is weight and held_state is state and address == weight.data_ptr():
-                if view.absmax.device == weight.device:
-                    return view
+            same = held is weight and held_state is state and address == weight.data_ptr()
+            if same and view.absmax.device == weight.device:
+                return view
         if getattr(state, "packing_format_for_cpu", False):
             raise Refusal(
                 "weight-kind",

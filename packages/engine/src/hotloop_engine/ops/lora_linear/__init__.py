@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._select import CUDA, EVERYWHERE, register
+from hotloop_engine.ops._select import CUDA, EVERYWHERE, register
+
 from .group import GradientSink, LinearGroup, matmul_to
 from .views import LinearView, Lora
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["GradientSink", "LinearGroup", "LinearView", "Lora", "lora_linear", "matmul_to"]
 

@@ -10,23 +10,27 @@ so that one GEMM each way does everything, accumulated in fp32:
     y  = x_ext  E[:N, :]^T  = x W^T + (x (sA)^T) B^T + b
     dx = dy_ext E[:, :K]    = dy W + (dy B) (sA)
 
-B is block-diagonal for a group, C is the sum of ranks (and one column for biases), padded. Thin GEMMs instead would read
-and write the wide y again. A 16-bit weight has no spare columns: it is copied into E where the tokens outnumber the
+B is block-diagonal for a group, C is the sum of ranks (and one column for biases), padded. Thin GEMMs would read and
+write the wide y again. A 16-bit weight has no spare columns: it is copied into E where the tokens outnumber the
 columns that a thin GEMM would touch again, else it is used in place with thin GEMMs beside it. See derivation.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from hotloop_core.kernels import FourBitWeight
 from torch import Tensor
 
-from .._select import implementation
-from ..dropout import dropout
-from .views import LinearView
+from hotloop_engine.ops._select import implementation
+from hotloop_engine.ops.dropout import dropout
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from .views import LinearView
 
 GradientSink = dict[int, Tensor]
 """id of a parameter -> its gradient, added up where a parameter occurs twice."""

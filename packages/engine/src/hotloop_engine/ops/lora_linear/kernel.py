@@ -14,8 +14,9 @@ import triton.language as tl
 from hotloop_core.kernels import FourBitWeight
 from torch import Tensor
 
-from ..kernel import launch
-from ..nf4.kernel import WORDS, dequantize_tile
+from hotloop_engine.ops.kernel import launch
+from hotloop_engine.ops.nf4.kernel import WORDS, dequantize_tile
+
 from . import reference
 
 if TYPE_CHECKING:

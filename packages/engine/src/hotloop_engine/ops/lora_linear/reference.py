@@ -8,11 +8,11 @@ import torch
 from hotloop_core.kernels import FourBitWeight
 from torch import Tensor
 
-from .._select import implementation
-from .views import LinearView
+from hotloop_engine.ops._select import implementation
 
 if TYPE_CHECKING:
     from .group import LinearGroup
+    from .views import LinearView
 
 
 def lora_linear_reference(x_TK: Tensor, view: LinearView, mask_TK: Tensor | None = None) -> Tensor:

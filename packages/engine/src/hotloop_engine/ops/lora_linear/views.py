@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from hotloop_core.kernels import FourBitWeight
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hotloop_core.kernels import FourBitWeight
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

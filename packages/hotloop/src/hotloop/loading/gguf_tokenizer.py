@@ -1,18 +1,17 @@
-"""What a GGUF file says of its config and tokenizer, beyond what transformers reads from it.
+"""The tokenizer of a GGUF file.
 
-transformers (5.17 to 5.23) ignores the tensor `rope_freqs.weight`, which holds Llama 3.1's rope
-scaling, and the key `tokenizer.ggml.pre`, and may add an unknown token that the embedding has no
-row for: a model read by it alone rotates and tokenises otherwise than the one that was written.
+transformers (5.17 to 5.23) ignores the key `tokenizer.ggml.pre` and may add an unknown token that the
+embedding has no row for: byte-level BPE read by it alone splits text otherwise than the one that was
+written.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import UnsupportedError
 
-from .gguf_file import GgufFile, read_gguf
+from .gguf_file import read_gguf
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,34 +67,15 @@ _KEEPS_WHOLE_WORDS = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "t
 """A word that is in the vocabulary is taken whole, whatever the merges say."""
 
 
-def gguf_config(path: Path) -> dict[str, Any]:
-    """The transformers config of a GGUF file, rope scaling included, as a mapping.
-
-    Raises:
-        CheckpointError: the file is truncated. UnsupportedError: transformers cannot read its
-            architecture.
-
-    """
-    from transformers import AutoConfig
-
-    file = read_gguf(path)
-    try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
-    except ValueError as error:
-        raise UnsupportedError(f"{path.name}: {error}") from error
-    config.pop("quantization_config", None)
-    scaling = _llama3_scaling(file, config)
-    if scaling is not None:
-        config["rope_parameters"] = {**config["rope_parameters"], **scaling}
-    return config
-
-
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file: byte-level BPE is built here, SentencePiece-like ones by
     transformers.
 
+    Its `model_max_length` is the file's context length.
+
     Raises:
-        UnsupportedError: the file names a pre-tokenizer that is not known here.
+        UnsupportedError: the file names a pre-tokenizer that is not known here, or a kind of tokenizer
+            that transformers cannot read.
 
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models
@@ -103,7 +83,10 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
     values = read_gguf(path).metadata
     if values.get("tokenizer.ggml.model") != "gpt2":
-        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        try:
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except ValueError as error:
+            raise UnsupportedError(f"{path.name}: its tokenizer cannot be read: {error}") from error
     tokens: list[str] = values["tokenizer.ggml.tokens"]
     pre = values.get("tokenizer.ggml.pre")
     bpe = models.BPE(
@@ -128,6 +111,7 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         chat_template=values.get("tokenizer.chat_template"),
+        model_max_length=values[f"{values['general.architecture']}.context_length"],
         **{f"{role}_token": tokens[index] for role, index in ids.items() if index is not None},
     )
 
@@ -172,37 +156,3 @@ def _pre_tokenizer(pre: str | None, path: Path) -> PreTokenizer:
     split = pre_tokenizers.Split(Regex(_PATTERNS[pre]), behavior="isolated")
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     return pre_tokenizers.Sequence([split, bytes_only])
-
-
-def _llama3_scaling(file: GgufFile, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Rope parameters from `rope_freqs.weight`, which divides each frequency (Llama 3.1).
-
-    The file holds the divisors, not what made them. Meta's models all have low 1, high 4 and 8,192
-    original positions; the divisors that follow from these and the largest one are compared with
-    the file's.
-    """
-    if "rope_freqs.weight" not in file.tensors:
-        return None
-    divisors = [float(divisor) for divisor in file.dequantise("rope_freqs.weight")]
-    low, high, original, factor = 1.0, 4.0, 8192, max(divisors)
-    theta = float(config["rope_parameters"]["rope_theta"])
-    expected: list[float] = []
-    for index in range(len(divisors)):
-        turns = original / (2 * math.pi * theta ** (index / len(divisors)))
-        if turns <= low or turns >= high:
-            expected.append(factor if turns <= low else 1.0)
-            continue
-        smooth = (turns - low) / (high - low)
-        expected.append(1 / ((1 - smooth) / factor + smooth))
-    if any(abs(a - b) > 1e-3 * b for a, b in zip(divisors, expected, strict=True)):
-        raise UnsupportedError(
-            "rope_freqs.weight holds frequency divisors other than Llama 3.1's; load the model's "
-            "original folder, whose config.json says how its rope is scaled."
-        )
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
