@@ -228,7 +228,10 @@ def _fixed(placements: Placements, names: list[str]) -> frozenset[str]:
         return frozenset(names if placements == "keep" else ())
     chosen = {"x": Placement.KEEP, **placements}
     for name, placement in chosen.items():
-        known = {"x", *RECOMPUTE_ALL.placements}  # also of other kinds of layer: no harm in naming them
+        known = {
+            "x",
+            *RECOMPUTE_ALL.placements,
+        }  # also of other kinds of layer: no harm in naming them
         if name not in known or placement not in set(Placement):
             raise ConfigError(
                 f"placements[{name!r}]={placement!r}; expected x, {', '.join(names)} -> "
