@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from hotloop_core import ModelFacts
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -104,6 +104,22 @@ def require_complete(info: Mapping[str, Any], what: str) -> None:
             f"{what} does not hold this model's tensors; {'; '.join(problems)}. Check that "
             "config.json and the weights belong together."
         )
+
+
+def misshapen(model: PreTrainedModel) -> list[tuple[str, Iterable[int], Iterable[int]]]:
+    """(name, found, expected) of parameters that are not what the config says.
+
+    transformers' own report leaves out what it loads beside a quantiser, in some versions.
+    """
+    import torch
+
+    with torch.device("meta"):
+        expected = dict(type(model)(model.config).named_parameters())
+    return [
+        (name, found.shape, expected[name].shape)
+        for name, found in model.named_parameters()
+        if found.is_floating_point() and name in expected and found.shape != expected[name].shape
+    ]
 
 
 def _key(key: str | tuple[str, Iterable[int], Iterable[int]]) -> str:

@@ -262,6 +262,7 @@ def _model(name: str, options: dict[str, Any]) -> PreTrainedModel:
         model, info = kind.from_pretrained(**options, output_loading_info=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"transformers cannot load {name}: {error}") from error
-    checks.require_complete(info, name)
+    shapes = [*info["mismatched_keys"], *checks.misshapen(model)]
+    checks.require_complete({**info, "mismatched_keys": shapes}, name)
     model.config.name_or_path = model.name_or_path = name
     return model
