@@ -258,3 +258,21 @@ def test_a_model_is_measured_with_its_adapters(tiny_llama):
     found = plan(adapted, tokens=64).memory
     assert found["adapters, gradients, optimizer"] == foreseen
     assert found["weights"] == before.memory["weights"]
+
+
+def test_a_path_may_name_the_config_itself(tmp_path):
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 300,
+        "hidden_act": "silu",
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert plan(path, tokens=64).layers == plan(config, tokens=64).layers
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="holds list"):
+        plan(path, tokens=64)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from hotloop_core import Attention, Glu, ModelFacts, discover, facts_of
 from hotloop_core.errors import ConfigError, UnsupportedError
@@ -12,6 +14,8 @@ from hotloop_core.errors import ConfigError, UnsupportedError
 from .costs import OPTIMIZER_BYTES, Job
 
 if TYPE_CHECKING:
+    import os
+
     from transformers import PreTrainedModel
 
 
@@ -57,9 +61,7 @@ def read(source: Any, family: str | None, optimizer: str) -> tuple[ModelFacts, M
     if hasattr(source, "to_dict"):
         source = source.to_dict()
     if not isinstance(source, Mapping):
-        from hotloop.loading.source import locate
-
-        source = locate(source).config
+        source = _config_at(source)
     spec = discover().match(source, family=family)
     layer = spec.layer_spec(source, 0)
     if not (isinstance(layer.attention, Attention) and isinstance(layer.mlp, Glu)):
@@ -69,6 +71,22 @@ def read(source: Any, family: str | None, optimizer: str) -> tuple[ModelFacts, M
             "a plan."
         )
     return facts_of(spec, source), measured
+
+
+def _config_at(source: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The config of a path or hub id; a path may name the config.json itself, since no weight is read."""
+    from hotloop.loading.source import locate
+
+    path = Path(source)
+    if path.suffix != ".json" or not path.is_file():
+        return locate(source).config
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON ({error}); expected a model's config.json") from error
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{path} holds {type(config).__name__}, expected a model's config.json")
+    return cast("Mapping[str, Any]", config)
 
 
 def _measure(model: PreTrainedModel, optimizer: str) -> Measured:
