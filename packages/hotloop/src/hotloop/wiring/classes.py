@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 STATE = "_hotloop"
 """The attribute that holds a wired module's state; a module without it runs its own forward."""
 
-Forward = "Callable[..., Any]"
 _roles: dict[str, tuple[Callable[..., Any], Callable[..., Any] | None]] = {}
 
 

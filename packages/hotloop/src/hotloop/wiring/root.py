@@ -72,24 +72,31 @@ def call(root: nn.Module, own_call: Callable[..., Any], *args: Any, **kwargs: An
 
 
 def _fused_request(root: Any) -> FusedRequest | None:
-    """Reads what TRL's own closure would compute; None leaves the call to it (outputs that this head does not have)."""
-    for name in ("_original_forward", "forward"):
-        function = inspect.unwrap(getattr(root.__dict__.get(name), "__func__", call))
+    """Reads what TRL's own closure would compute; None leaves the call to it.
+
+    That is so for outputs that this head does not have, and for a closure of another TRL that does not say what it
+    computes: a temperature must never be guessed.
+    """
+    for name in (
+        "_original_forward",
+        "forward",
+    ):  # accelerate keeps what it wrapped under the first
         bound = root.__dict__.get(name)
-        candidates = (getattr(bound, "__func__", bound), function)
-        for candidate in candidates:
-            code = getattr(candidate, "__code__", None)
-            if code is None or code.co_name != "_fused_forward":
-                continue
-            cells = inspect.getclosurevars(cast("Callable[..., Any]", candidate))
-            asked = set(cells.nonlocals.get("outputs", ()))
-            if cells.nonlocals.get("cast_lm_head_to_fp32") or not asked <= _FUSED_OUTPUTS:
-                return None
-            return FusedRequest(
-                temperature=float(cells.nonlocals.get("temperature", 1.0)),
-                entropy="entropy" in asked,
-                result=cells.globals["FusedCausalLMOutput"],
-            )
+        function = getattr(bound, "__func__", bound)
+        if getattr(getattr(function, "__code__", None), "co_name", None) != "_fused_forward":
+            continue
+        cells = inspect.getclosurevars(cast("Callable[..., Any]", function))
+        known = cells.nonlocals
+        if not known.keys() >= {"outputs", "temperature", "cast_lm_head_to_fp32"}:
+            return None
+        asked = set(known["outputs"])
+        if known["cast_lm_head_to_fp32"] or not asked <= _FUSED_OUTPUTS:
+            return None
+        return FusedRequest(
+            temperature=float(known["temperature"]),
+            entropy="entropy" in asked,
+            result=cells.globals["FusedCausalLMOutput"],
+        )
     return None
 
 
