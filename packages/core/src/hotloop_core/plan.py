@@ -38,7 +38,7 @@ class SavedTensor:
     log-sum-exp).
     flops: per token, to compute it again, attention's own (which grow with the sequence) not
     counted.
-    can_recompute: False for the residual stream that enters the layer.
+    can_recompute: False for the residual stream that enters the layer: its own layer cannot make it again.
     """
 
     name: str
@@ -72,12 +72,16 @@ def saved_tensors(facts: ModelFacts) -> tuple[SavedTensor, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
-    """One layer: tensor name -> placement (a name that is not there is kept), and whether its
-    weights are streamed.
+    """One layer: tensor name -> placement (a name that is not there is kept).
+
+    x, the layer's input, can be recomputed only from the layers below, back to one that has its own.
+    streamed: the frozen projections wait in host memory and travel to the device for each pass.
+    nf4_kv: keys and values wait for backward in NF4. Lossy: gradients of q and k change; only on request.
     """
 
     placements: Mapping[str, Placement] = field(default_factory=dict[str, Placement])
     streamed: bool = False
+    nf4_kv: bool = False
 
     def placement(self, name: str) -> Placement:
         """Where the tensor `name` waits."""
@@ -93,9 +97,11 @@ class LayerPlan:
             for placement, names in by_placement.items()
             if placement is not Placement.KEEP
         ]
-        return ("keep everything" if kept else "; ".join(parts)) + (
-            "; weights streamed from host memory" if self.streamed else ""
-        )
+        if self.nf4_kv:
+            parts.append("keys and values in NF4 (lossy)")
+        if self.streamed:
+            parts.append("weights streamed from host memory")
+        return "; ".join(["keep everything", *parts] if kept else parts)
 
 
 _RECOMPUTABLE = ("qkv", "attention", "attention_out", "x_mid", "gate_up", "mlp_out")
@@ -113,6 +119,10 @@ class Plan:
     budget: bytes, or None.
     notes: why the next faster plan does not fit, and what else a user should know.
     fixed: the placements were the caller's choice, which planning again for a larger batch must keep.
+    tile: tokens that the norms, projections, the MLP and the loss take at once; None for all.
+    embedding_on_host, head_on_host: where these two weights live; of the first only the rows of a batch
+    travel, the second travels once a loss.
+    host_memory: pinned bytes, by name: "activations", "weights", "embedding", "head".
     """
 
     layers: tuple[LayerPlan, ...]
@@ -124,6 +134,10 @@ class Plan:
     card: str | None = None
     notes: tuple[str, ...] = ()
     fixed: bool = False
+    tile: int | None = None
+    embedding_on_host: bool = False
+    head_on_host: bool = False
+    host_memory: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @property
     def peak_bytes(self) -> int:

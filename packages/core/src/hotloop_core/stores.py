@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NewType, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-Ticket = NewType("Ticket", int)
+
+class Ticket(Protocol):
+    """A tensor that is away. Dropping it gives its place back, redeemed or not: an exception leaves nothing behind."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that wait."""
+        ...
 
 
 class ActivationStore(Protocol):
-    """Law: get(put(x)) is bitwise x, for any dtype. A Ticket is redeemed once; a second time raises PlanError.
+    """Law: get(put(x)) is bitwise x, for any dtype and layout of rows. A Ticket is redeemed once; a second time raises
+    PlanError.
 
-    put returns at once; x's device memory is free for reuse as soon as the copy is done.
+    put returns at once; x's device memory is free for reuse as soon as its copy is done and the caller dropped it.
     """
 
     def put(self, x: Tensor) -> Ticket:
@@ -27,17 +35,17 @@ class ActivationStore(Protocol):
         ...
 
     def get(self, ticket: Ticket) -> Tensor:
-        """The tensor again."""
-        ...
-
-    def release(self, tickets: Sequence[Ticket]) -> None:
-        """Gives up tickets that will not be redeemed (an exception in the middle of a step)."""
+        """The tensor again; those put before it set out too, as far as the store has room for."""
         ...
 
 
 class WeightStore(Protocol):
-    """Hands out the frozen weights of a layer, bitwise as they were put, and starts on the next in travel direction."""
+    """Hands out the frozen weights of a layer, bitwise as they were put, at addresses that stay a layer's own."""
 
-    def layer(self, index: int, *, next_index: int | None) -> Sequence[Tensor]:
-        """The weights of layer `index`; those of `next_index` set out."""
+    def views(self, index: int) -> Sequence[Tensor]:
+        """Where the weights of layer `index` lie on the device once `fetch` was called: same order as put in."""
+        ...
+
+    def fetch(self, index: int, *, next_index: int | None) -> None:
+        """Work queued after this call sees the weights of layer `index`; those of `next_index` set out."""
         ...
