@@ -155,8 +155,12 @@ class NormedInput:
         need_dx: bool,
         seeds: tuple[int, ...],
         out: Tensor | None,
+        db: Tensor | None = None,
     ) -> Tensor | None:
-        """Back through the projections and the norm; returns the residual stream's gradient, in `out` if given."""
+        """Back through the projections and the norm; returns the residual stream's gradient, in `out` if given.
+
+        db: see `LinearGroup.backward_parameters`.
+        """
         factors = None
         if self.norm is not None and not self.group.trains_base and not self.group.drops:
             factors = self.norm.factors(x_TD, statistics)
@@ -177,6 +181,7 @@ class NormedInput:
             sink,
             need_dx=need_dx or norm_trains,
             seeds=seeds,
+            db=db,
             **(factors or {}),
         )
         if dh is None:
@@ -201,14 +206,20 @@ class ResidualOutput:
         self.name = name
 
     def forward(
-        self, x: Tensor, e: Tensor | None, residual: Tensor, saved: Saved, seeds: tuple[int, ...]
+        self,
+        x: Tensor,
+        e: Tensor | None,
+        residual: Tensor,
+        saved: Saved,
+        seeds: tuple[int, ...],
+        t_TR: Tensor | None = None,
     ) -> Tensor:
-        """Returns the new residual stream; notes what backward needs in `saved`."""
+        """Returns the new residual stream; notes what backward needs in `saved`. t_TR: see `LinearGroup.forward`."""
         scale = self.context.residual_scale
         if self.after is None:
-            y, t = self.group.forward(x, e, residual=residual, alpha=scale, seeds=seeds)
+            y, t = self.group.forward(x, e, residual=residual, alpha=scale, seeds=seeds, t_TR=t_TR)
         else:
-            z, t = self.group.forward(x, e, seeds=seeds)
+            z, t = self.group.forward(x, e, seeds=seeds, t_TR=t_TR)
             saved[self.name] = z
             y = self._add(z, residual, saved)
         saved[f"_t_{self.name}"] = t

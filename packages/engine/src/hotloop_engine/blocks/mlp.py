@@ -43,6 +43,7 @@ class MlpBlock:
             self.down, Norm(after, context) if after else None, context, "mlp_out"
         )
         self.glu = context.op("glu")
+        self.adapter_glu = context.op("adapter_glu")
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that autograd may ask a gradient for."""
@@ -94,23 +95,32 @@ class MlpBlock:
         del e
         wide = saved.pop("gate_up")
         gate, up = self._split(wide)
-        self.glu.backward_(dh_TI, gate, up, activation=self.activation)
+        t_gate_up, t_down = saved.pop("_t_gate_up"), saved.pop("_t_mlp_out")
+        db = da = None
+        if self.gate_up.sums and self.down.sums and not self.down.trains_base:
+            dt_TR = dt[:, : self.down.rank]
+            db, da = self.adapter_glu.backward_(
+                dh_TI, gate, up, t_gate_up, dt_TR, activation=self.activation
+            )
+        else:
+            self.glu.backward_(dh_TI, gate, up, activation=self.activation)
         self.down.backward_parameters(
-            dz, dt, dh_TI, saved.pop("_t_mlp_out"), sink, seeds=saved["_seeds_down"]
+            dz, dt, dh_TI if da is None else None, t_down, sink, seeds=saved["_seeds_down"], da=da
         )
-        del dz, dh_TI
+        del dz, dh_TI, da
         e = saved.pop("_e_gate_up", None) if self.gate_up.extends(tokens, backward=True) else None
         return self.input.backward(
             wide,
             x_TD,
             saved.pop("_statistics_x_mid"),
-            saved.pop("_t_gate_up"),
+            t_gate_up,
             self.gate_up.extend(tokens, backward=True) if e is None else e,
             sink,
             dresidual=dy_TD,
             need_dx=need_dx,
             seeds=saved["_seeds_gate_up"],
             out=out,
+            db=db,
         )
 
     def _project(self, x_TD: Tensor, saved: Saved, *, keep_weights: bool = False) -> None:
@@ -128,11 +138,22 @@ class MlpBlock:
 
     def _finish(self, x_TD: Tensor, saved: Saved) -> Tensor:
         gate, up = self._split(saved["gate_up"])
-        act = self.down.wide(x_TD.shape[0])
-        self.glu.forward(gate, up, activation=self.activation, out=act[:, : self.down.k])
-        return self.output.forward(
-            act, self.down.extend(x_TD.shape[0]), x_TD, saved, saved["_seeds_down"]
-        )
+        down = self.down
+        act, e = down.wide(x_TD.shape[0]), down.extend(x_TD.shape[0])
+        t_TR = None
+        if e is not None and down.sums:
+            t_TR = self.adapter_glu.forward(
+                gate,
+                up,
+                e[down.n :, : down.k],
+                activation=self.activation,
+                out=act,
+                rank=down.rank,
+                bias=down.has_bias,
+            )
+        else:
+            self.glu.forward(gate, up, activation=self.activation, out=act[:, : down.k])
+        return self.output.forward(act, e, x_TD, saved, saved["_seeds_down"], t_TR)
 
     def _split(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         width = self.gate_up.n // 2

@@ -14,7 +14,15 @@ if TYPE_CHECKING:
 
     import torch
 
-ENGINE_OPS = ("rms_norm", "layer_norm", "rope", "glu", "nf4", "linear_cross_entropy")
+ENGINE_OPS = (
+    "rms_norm",
+    "layer_norm",
+    "rope",
+    "glu",
+    "adapter_glu",
+    "nf4",
+    "linear_cross_entropy",
+)
 CUDA = frozenset({"cuda"})
 EVERYWHERE = frozenset({"cpu", "cuda", "mps", "xpu"})
 

@@ -29,7 +29,7 @@ ONE_OVER_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
     """act(x) = x p and act'(x) = p + x p', as in `reference.activate`."""
     if ACTIVATION == "silu":
         p = tl.sigmoid(x)
@@ -68,7 +68,7 @@ def _forward(
     row, column, inside = _place(columns, blocks, BLOCK)
     gate = wide(tl.load(gate_ptr + row * gate_stride + column, mask=inside, other=0.0))
     up = tl.load(up_ptr + row * up_stride + column, mask=inside, other=0.0).to(gate.dtype)
-    activated, _ = _activate(gate, ACTIVATION)
+    activated, _ = activate(gate, ACTIVATION)
     at = h_ptr + row * h_stride + column
     tl.store(at, (activated * up).to(h_ptr.dtype.element_ty), mask=inside)
 
@@ -93,7 +93,7 @@ def _backward(
     gate = wide(tl.load(gate_at, mask=inside, other=0.0))
     up = tl.load(up_at, mask=inside, other=0.0).to(gate.dtype)
     dh = tl.load(dh_at, mask=inside, other=0.0).to(gate.dtype)
-    activated, derivative = _activate(gate, ACTIVATION)
+    activated, derivative = activate(gate, ACTIVATION)
     tl.store(dh_at, (activated * up).to(dh_ptr.dtype.element_ty), mask=inside)
     tl.store(gate_at, (dh * up * derivative).to(gate_ptr.dtype.element_ty), mask=inside)
     tl.store(up_at, (dh * activated).to(up_ptr.dtype.element_ty), mask=inside)

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 __all__ = ["GradientSink", "LinearGroup", "LinearView", "Lora", "lora_linear", "matmul_to"]
 
-register("lora_linear", "triton", partial(import_module, f"{__name__}.kernel"), CUDA)
-register("lora_linear", "reference", partial(import_module, f"{__name__}.reference"), EVERYWHERE)
+for _op in ("lora_linear", "adapter_gradients"):  # what groups are made of; not chosen one by one
+    _folder = f"hotloop_engine.ops.{_op}"
+    register(_op, "triton", partial(import_module, f"{_folder}.kernel"), CUDA)
+    register(_op, "reference", partial(import_module, f"{_folder}.reference"), EVERYWHERE)
 
 
 def lora_linear(x: Tensor, views: Sequence[LinearView]) -> Tensor:

@@ -62,6 +62,8 @@ class LinearGroup:
         self.columns = -(-needed // pitch) * pitch
         self.quantised = any(isinstance(view.weight, FourBitWeight) for view in self.views)
         self.drops = any(view.lora is not None and view.lora.dropout > 0 for view in self.views)
+        self.sums = not self.drops and implementation("adapter_gradients", device).fits(self)
+        """Whether the adapters' gradients come from sums over tokens that whoever makes x or dy may make."""
         self.prepared: object = None  # what an implementation keeps of this group between launches
         self._cast = any(
             isinstance(view.weight, Tensor) and view.weight.dtype != dtype for view in self.views
@@ -70,6 +72,13 @@ class LinearGroup:
     def tensors(self) -> list[Tensor]:
         """Every tensor that autograd may ask a gradient for."""
         return [tensor for view in self.views for tensor in view.tensors()]
+
+    @property
+    def _adapters_train(self) -> bool:
+        return any(
+            v.lora is not None and (v.lora.a_RK.requires_grad or v.lora.b_NR.requires_grad)
+            for v in self.views
+        )
 
     @property
     def trains_base(self) -> bool:
@@ -115,11 +124,18 @@ class LinearGroup:
         alpha: float = 1.0,
         seeds: Sequence[int] = (),
         out: Tensor | None = None,
+        t_TR: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (y_TN = residual + alpha * projections, t_TR = x (sA)^T for backward).
 
         x: [T, K], or `wide` with x in its first K columns (the rest is overwritten). out: [T, N], any row stride.
+        t_TR: a copy of what `wide` holds behind x already, where whoever made x made that too.
         """
+        if t_TR is not None:
+            assert e is not None
+            y = self._output(x, residual) if out is None else out
+            _gemm(x, e[: self.n].T, y, residual, alpha)
+            return y, t_TR
         x_TK = x[:, : self.k]
         b_NC, a_CK = self._adapters(e)
         room = x[:, self.k :] if x.shape[1] > self.k else None
@@ -148,11 +164,20 @@ class LinearGroup:
         row_scale: Tensor | None = None,
         column_scale: Tensor | None = None,
         seeds: Sequence[int] = (),
+        db: Tensor | None = None,
     ) -> Tensor | None:
         """Both halves below, for a caller that has the input at hand. Returns dx_TK, or None if it is not needed."""
         dt_TC, dx_TK = self.backward_input(dy, e, need_dx=need_dx, seeds=seeds)
         self.backward_parameters(
-            dy, dt_TC, x_TK, t_TR, sink, row_scale=row_scale, column_scale=column_scale, seeds=seeds
+            dy,
+            dt_TC,
+            x_TK,
+            t_TR,
+            sink,
+            row_scale=row_scale,
+            column_scale=column_scale,
+            seeds=seeds,
+            db=db,
         )
         return dx_TK
 
@@ -188,24 +213,42 @@ class LinearGroup:
         self,
         dy: Tensor,
         dt_TC: Tensor | None,
-        x_TK: Tensor,
+        x_TK: Tensor | None,
         t_TR: Tensor | None,
         sink: GradientSink,
         *,
         row_scale: Tensor | None = None,
         column_scale: Tensor | None = None,
         seeds: Sequence[int] = (),
+        db: Tensor | None = None,
+        da: Tensor | None = None,
     ) -> None:
         """Puts the gradients of every tensor that wants one into `sink`.
 
         x_TK: forward's input; or, with row_scale [T] and column_scale [K], the tensor that it is the product of
         (rows and columns scaled), so that a normed input need not exist: dA = ((r · s dy B)^T x) · c.
+        db, da: the sums of dy and t, of x and dt (see `adapter_gradients`), where whoever made dy or x made them too;
+        with da, x is not needed if the base is frozen.
         """
         dy_TN = dy[:, : self.n]
-        if dt_TC is not None:
-            self._adapter_gradients(dy_TN, dt_TC, x_TK, t_TR, sink, row_scale, column_scale, seeds)
+        if dt_TC is not None and t_TR is not None and self._adapters_train:
+            if self.sums:
+                op = implementation("adapter_gradients", self.device)
+                db = op.column_sums(dy_TN, t_TR) if db is None else db
+                if da is None:
+                    assert x_TK is not None
+                    da = op.column_sums(x_TK, dt_TC[:, : self.rank], row_scale_T=row_scale)
+                found = op.gradients(self, db, da, column_scale)
+                for view, pair in zip(self.views, found, strict=True):
+                    if view.lora is not None:
+                        _add(sink, view.lora.a_RK, pair[0])
+                        _add(sink, view.lora.b_NR, pair[1])
+            else:
+                assert x_TK is not None
+                self._one_by_one(dy_TN, dt_TC, x_TK, t_TR, sink, row_scale, column_scale, seeds)
         for view, rows in zip(self.views, self.rows, strict=True):
             if isinstance(view.weight, Tensor) and view.weight.requires_grad:
+                assert x_TK is not None
                 _add(sink, view.weight, matmul_to(dy_TN[:, rows].T, x_TK, view.weight.dtype))
             if view.bias is not None and view.bias.requires_grad:
                 _add(sink, view.bias, dy_TN[:, rows].sum(0, dtype=torch.float32))
@@ -266,32 +309,28 @@ class LinearGroup:
         dt_TC = dy[:, self.n :] if dy.shape[1] > self.n else dy.new_empty(dy.shape[0], self.columns)
         return torch.mm(dy[:, : self.n], b_NC, out=dt_TC)
 
-    def _adapter_gradients(
+    def _one_by_one(
         self,
         dy_TN: Tensor,
         dt_TC: Tensor,
         x_TK: Tensor,
-        t_TR: Tensor | None,
+        t_TR: Tensor,
         sink: GradientSink,
         row_scale: Tensor | None,
         column_scale: Tensor | None,
         seeds: Sequence[int],
     ) -> None:
-        wanted = [
-            (i, view.lora)
-            for i, view in enumerate(self.views)
-            if view.lora is not None
-            and (view.lora.a_RK.requires_grad or view.lora.b_NR.requires_grad)
-        ]
-        if not wanted or t_TR is None:
-            return
+        """The adapters' gradients by GEMMs: for ranks that registers do not hold, and for dropout's several inputs."""
         scaled = dt_TC if row_scale is None else (dt_TC * row_scale[:, None]).to(self.dtype)
         whole = None
         if not self.drops:
             whole = matmul_to(scaled[:, : self.rank].T, x_TK, torch.float32)
             if column_scale is not None:
                 whole *= column_scale
-        for i, lora in wanted:
+        for i, view in enumerate(self.views):
+            lora = view.lora
+            if lora is None or not (lora.a_RK.requires_grad or lora.b_NR.requires_grad):
+                continue
             rows, ranks = self.rows[i], self.ranks[i]
             _add(sink, lora.b_NR, matmul_to(dy_TN[:, rows].T, t_TR[:, ranks], torch.float32))
             if whole is not None:
