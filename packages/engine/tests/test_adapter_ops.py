@@ -97,7 +97,9 @@ def test_forward_writes_activation_and_adapter_input(
     dtype, activation, tokens, columns, rank, bias
 ):
     room = -(-(rank + 1) // 64) * 64
-    buffer = torch.cat([random(tokens, columns, dtype=dtype), random(tokens, columns + 8, dtype=dtype)], 1)
+    buffer = torch.cat(
+        [random(tokens, columns, dtype=dtype), random(tokens, columns + 8, dtype=dtype)], 1
+    )
     gate, up = buffer[:, :columns], buffer[:, columns : 2 * columns]
     a = torch.zeros(room, columns, device=DEVICE, dtype=dtype)
     a[:rank] = random(rank, columns, dtype=dtype)
@@ -121,14 +123,20 @@ def test_forward_writes_activation_and_adapter_input(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
-@pytest.mark.parametrize("tokens, columns, ranks", [(1, 40, (1, 1)), (65, 300, (8, 4)), (600, 64, (48, 64))])
+@pytest.mark.parametrize(
+    "tokens, columns, ranks", [(1, 40, (1, 1)), (65, 300, (8, 4)), (600, 64, (48, 64))]
+)
 def test_backward_makes_the_gradients_and_their_sums_in_one_pass(
     dtype, activation, tokens, columns, ranks
 ):
     def inputs(kind):
         torch.manual_seed(3)
         wide = random(tokens, 2 * columns + 16, dtype=dtype)
-        parts = wide[:, :columns], wide[:, columns : 2 * columns], random(tokens, columns, dtype=dtype)
+        parts = (
+            wide[:, :columns],
+            wide[:, columns : 2 * columns],
+            random(tokens, columns, dtype=dtype),
+        )
         narrow = random(tokens, ranks[0], dtype=dtype), random(tokens, ranks[1] + 8, dtype=dtype)
         return [p.clone().to(kind) if kind == torch.float64 else p for p in (*parts, *narrow)]
 

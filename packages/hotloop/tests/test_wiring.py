@@ -372,7 +372,7 @@ def test_nothing_is_saved_without_gradients(monkeypatch):
 
     model = with_lora(tiny())
     wire(model)
-    monkeypatch.setattr(run, "_Run", lambda *a: pytest.fail("a graph was built"))
+    monkeypatch.setattr(run, "Run", lambda *a: pytest.fail("a graph was built"))
     with torch.no_grad():
         assert torch.isfinite(model(**batch()).loss)
 

@@ -3,7 +3,7 @@
 from .attention import AttentionBlock, AttentionShape
 from .context import BlockContext, NormView, Saved
 from .mlp import MlpBlock
-from .run import Block, run_blocks
+from .run import Block, Run, Surroundings, run_blocks
 
 __all__ = [
     "AttentionBlock",
@@ -12,6 +12,8 @@ __all__ = [
     "BlockContext",
     "MlpBlock",
     "NormView",
+    "Run",
     "Saved",
+    "Surroundings",
     "run_blocks",
 ]

@@ -15,9 +15,24 @@ from hotloop_core.kernels import HeadNorm
 from torch import Tensor
 
 from hotloop_engine.attention import Sequences, choose, request
-from hotloop_engine.ops.lora_linear import GradientSink, LinearGroup, draw_seeds
+from hotloop_engine.ops.lora_linear import (
+    GradientSink,
+    LinearGroup,
+    add_gradient,
+    draw_seeds,
+)
 
-from .context import BlockContext, Norm, NormedInput, NormView, ResidualOutput, Saved
+from .context import (
+    BlockContext,
+    Norm,
+    NormedInput,
+    NormView,
+    ResidualOutput,
+    Saved,
+    cut,
+    join,
+    seeds_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +93,18 @@ class AttentionBlock:
         """Returns the residual stream behind attention; fills `saved`."""
         saved["_seeds_qkv"], saved["_seeds_o"] = draw_seeds(self.qkv), draw_seeds(self.o)
         self._project(x_TD, saved)
-        o_TN = self._attend(saved)
-        return self.output.forward(
-            o_TN, self.o.extend(o_TN.shape[0]), x_TD, saved, saved["_seeds_o"]
-        )
+        return self._finish(self._attend(saved), x_TD, saved)
 
     def restore_output(self, x_TD: Tensor, saved: Saved) -> Tensor:
         """The residual stream behind attention again, recomputing what is missing on the way."""
-        needs_o = "attention_out" not in saved
-        o_TN = self._restore(x_TD, saved) if needs_o else x_TD.new_empty(0)
-        return self.output.restore(o_TN, x_TD, saved, saved["_seeds_o"])
+        if self.output.name in saved:
+            return self.output.restore(x_TD, saved)
+        return self._finish(self._restore(x_TD, saved), x_TD, saved)
+
+    def again(self, saved: Saved, *, output: bool) -> tuple[str, ...]:
+        """What `_project` and `_finish` make again."""
+        names = () if "qkv" in saved else ("_t_qkv", "_statistics_x")
+        return tuple(n for n in (*names, *self.output.again(saved, output=output)) if n in saved)
 
     def gradient_room(self, tokens: int, dtype: torch.dtype) -> Tensor | None:
         """Where the gradient of this block's output is best put; None where it does not matter."""
@@ -105,44 +122,33 @@ class AttentionBlock:
         out: Tensor | None = None,
     ) -> Tensor | None:
         """Returns dx; releases each saved tensor as soon as it has been used."""
-        tokens = x_TD.shape[0]
         o_TN = self._restore(x_TD, saved)
-        if self.output.after is not None and "attention_out" not in saved:
-            self.output.forward(o_TN, self.o.extend(tokens), x_TD, saved, saved["_seeds_o"])
-        dz = self.output.gradient(dy_TD, room, saved, sink)
-        do_TN = self.o.backward(
-            dz,
-            o_TN,
-            saved.pop("_t_attention_out"),
-            self.o.extend(tokens, backward=True),
-            sink,
-            seeds=saved["_seeds_o"],
-        )
-        assert do_TN is not None
-        del dz
+        if self.output.after is not None and self.output.name not in saved:
+            self._finish(o_TN, x_TD, saved)
+        do_TN = self._finish_backward(dy_TD, o_TN, room, saved, sink)
+        del o_TN
         dqkv = self._attend_backward(do_TN, saved, sink)
-        e = saved.pop("_e_qkv", None) if self.qkv.extends(tokens, backward=True) else None
-        return self.input.backward(
-            dqkv,
-            x_TD,
-            saved.pop("_statistics_x"),
-            saved.pop("_t_qkv"),
-            self.qkv.extend(tokens, backward=True) if e is None else e,
-            sink,
-            dresidual=dy_TD,
-            need_dx=need_dx,
-            seeds=saved["_seeds_qkv"],
-            out=out,
-        )
+        del do_TN
+        return self._project_backward(dqkv, dy_TD, x_TD, saved, sink, need_dx, out)
 
     def _project(self, x_TD: Tensor, saved: Saved, *, keep_weights: bool = False) -> None:
-        wide, saved["_statistics_x"] = self.input.forward(x_TD)
-        e = self.qkv.extend(wide.shape[0])
-        qkv, saved["_t_qkv"] = self.qkv.forward(wide, e, seeds=saved["_seeds_qkv"])
+        tokens, n = x_TD.shape[0], self.qkv.n
+        # In backward the projections become their gradients, in place: so they lie where that pass wants them.
+        qkv = self.qkv.wide(tokens, backward=True)
+        e = self.qkv.extend(tokens)
+        statistics: list[tuple[Tensor, ...]] = []
+        ts: list[Tensor | None] = []
+        for rows in self.context.tiles(tokens):
+            wide, found = self.input.forward(cut(x_TD, rows))
+            seeds = seeds_of(saved["_seeds_qkv"], rows)
+            _, t = self.qkv.forward(wide, e, seeds=seeds, out=cut(qkv, rows)[:, :n])
+            statistics.append(found)
+            ts.append(t)
+        saved["_statistics_x"], saved["_t_qkv"] = join(statistics), join(ts)
         if keep_weights:
             saved["_e_qkv"] = e
-        q, k, _ = self._split(qkv)
         if self.q_norm is None and self.k_norm is None:
+            q, k, _ = self._split(qkv)
             self.rope.forward(
                 q, k, self.cos, self.sin, interleaved=self.shape.interleaved, out_q=q, out_k=k
             )
@@ -155,12 +161,55 @@ class AttentionBlock:
         return o_THK.reshape(o_THK.shape[0], -1)
 
     def _restore(self, x_TD: Tensor, saved: Saved) -> Tensor:
+        """o again, recomputing what is missing."""
         if "qkv" not in saved:
             self._project(x_TD, saved, keep_weights=True)
         if "attention" not in saved:
             return self._attend(saved)
         o_THK, _ = saved["attention"]
         return o_THK.reshape(o_THK.shape[0], -1)
+
+    def _finish(self, o_TN: Tensor, x_TD: Tensor, saved: Saved) -> Tensor:
+        tokens = x_TD.shape[0]
+        e = self.o.extend(tokens)
+        tiles = self.context.tiles(tokens)
+        if tiles == [None]:
+            return self.output.forward(o_TN, e, x_TD, saved, saved["_seeds_o"])
+        y_TD, parts = torch.empty_like(x_TD), []
+        for rows in tiles:
+            part: Saved = {}
+            seeds = seeds_of(saved["_seeds_o"], rows)
+            y_TD[rows] = self.output.forward(o_TN[rows], e, x_TD[rows], part, seeds)
+            parts.append(part)
+        saved.update({name: join([part[name] for part in parts]) for name in parts[0]})
+        return y_TD
+
+    def _finish_backward(
+        self, dy_TD: Tensor, o_TN: Tensor, room: Tensor | None, saved: Saved, sink: GradientSink
+    ) -> Tensor:
+        """Back through the output projection; returns do."""
+        tokens = o_TN.shape[0]
+        e = self.o.extend(tokens, backward=True)
+        t = saved.pop(f"_t_{self.output.name}")
+        tiles = self.context.tiles(tokens)
+        do_TN = None if tiles == [None] else torch.empty_like(o_TN)
+        behind = self.output.taken(saved)
+        for rows in tiles:
+            dz = self.output.gradient(cut(dy_TD, rows), cut(room, rows), cut(behind, rows), sink)
+            made = self.o.backward(
+                dz,
+                cut(o_TN, rows),
+                cut(t, rows),
+                e,
+                sink,
+                seeds=seeds_of(saved["_seeds_o"], rows),
+            )
+            assert made is not None
+            if do_TN is None:
+                return made
+            do_TN[rows] = made
+        assert do_TN is not None
+        return do_TN
 
     def _attend_backward(self, do_TN: Tensor, saved: Saved, sink: GradientSink) -> Tensor:
         """The gradient of the projections' outputs, in the group's wide layout."""
@@ -169,13 +218,14 @@ class AttentionBlock:
         dq, dk, dv = self._backend(q, k).backward(
             do_TN.view(o_THK.shape), q, k, v, o_THK, lse, self.sequences, **self._options()
         )
-        del do_TN, o_THK, q, k, v
-        # Backends write their gradients where they like; the rotation moves them to where the GEMM wants them.
-        wide = self.qkv.wide(qkv.shape[0], backward=True)
+        del do_TN, o_THK, lse, q, k, v
+        # Backends write their gradients where they like; the rotation moves them to where the GEMM wants them, which
+        # is over the projections themselves, unless its norms still need these.
+        options = self._head_norms()
+        wide = self.qkv.wide(qkv.shape[0], backward=True) if options else qkv
         wide_q, wide_k, wide_v = self._split(wide)
         wide_v.copy_(dv)
         raw_q, raw_k, _ = self._split(qkv)
-        options = self._head_norms()
         trains = [view for view in (self.q_norm, self.k_norm) if _trains(view)]
         _, _, dwq, dwk = self.rope.backward(
             dq,
@@ -192,8 +242,43 @@ class AttentionBlock:
         )
         for view, gradient in ((self.q_norm, dwq), (self.k_norm, dwk)):
             if _trains(view) and gradient is not None:
-                sink[id(view.weight)] = gradient
+                add_gradient(sink, view.weight, gradient)
         return wide
+
+    def _project_backward(
+        self,
+        dqkv: Tensor,
+        dy_TD: Tensor,
+        x_TD: Tensor,
+        saved: Saved,
+        sink: GradientSink,
+        need_dx: bool,
+        out: Tensor | None,
+    ) -> Tensor | None:
+        """Back through the projections and the norm in front of them; returns dx."""
+        tokens = x_TD.shape[0]
+        e = saved.pop("_e_qkv", None) if self.qkv.extends(tokens, backward=True) else None
+        e = self.qkv.extend(tokens, backward=True) if e is None else e
+        statistics, t = saved.pop("_statistics_x"), saved.pop("_t_qkv")
+        tiles = self.context.tiles(tokens)
+        if tiles != [None] and out is None and need_dx:
+            out = torch.empty_like(x_TD)
+        for rows in tiles:
+            dx = self.input.backward(
+                cut(dqkv, rows),
+                cut(x_TD, rows),
+                cut(statistics, rows),
+                cut(t, rows),
+                e,
+                sink,
+                dresidual=cut(dy_TD, rows),
+                need_dx=need_dx,
+                seeds=seeds_of(saved["_seeds_qkv"], rows),
+                out=cut(out, rows),
+            )
+            if rows is None:
+                return dx
+        return out
 
     def _rotated(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v as attention takes them; with q/k norms from the raw projections, into memory of their own."""

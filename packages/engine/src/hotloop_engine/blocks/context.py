@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hotloop_engine.ops._select import implementation
+from hotloop_engine.ops.lora_linear import add_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -43,16 +44,45 @@ class BlockContext:
     dtype: of the GEMMs and of attention; the residual stream keeps its own (fp32 for an fp32 model under autocast).
     ops: op name -> implementation name, where the default for the device is not wanted.
     residual_scale: multiplies the block's output before it is added to the residual stream.
+    tile: tokens that norms, projections and the MLP take at once, None for all; attention always takes all.
     """
 
     dtype: torch.dtype
     device: torch.device
     ops: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     residual_scale: float = 1.0
+    tile: int | None = None
+
+    def tiles(self, tokens: int) -> list[slice | None]:
+        """Rows to take at once, one after the other; [None] for all of them."""
+        if self.tile is None or tokens <= self.tile:
+            return [None]
+        return [slice(i, min(i + self.tile, tokens)) for i in range(0, tokens, self.tile)]
 
     def op(self, name: str) -> Any:
         """The implementation of an op, as `hotloop_core.kernels` declares it."""
         return implementation(name, self.device, self.ops.get(name))
+
+
+def cut(value: Any, rows: slice | None) -> Any:
+    """The rows of a tensor, of each tensor of a tuple, or of nothing; all of them for None."""
+    if rows is None or value is None:
+        return value
+    return tuple(v[rows] for v in value) if isinstance(value, tuple) else value[rows]
+
+
+def join(parts: list[Any]) -> Any:
+    """The parts that `cut` rows gave, one below the other."""
+    if len(parts) == 1 or parts[0] is None:
+        return parts[0]
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+    return torch.cat(parts)
+
+
+def seeds_of(seeds: tuple[int, ...], rows: slice | None) -> tuple[int, ...]:
+    """Dropout seeds for a tile: its masks must not be those of the tile before."""
+    return seeds if rows is None else tuple((seed + rows.start) % (2**31 - 1) for seed in seeds)
 
 
 class Norm:
@@ -107,8 +137,8 @@ class Norm:
         else:
             dx, dw, db = self._op.backward(dy_TD, x_TD, view.weight, *statistics, **options)
         for parameter, gradient in ((view.weight, dw), (view.bias, db)):
-            if parameter is not None and parameter.requires_grad and gradient is not None:
-                sink[id(parameter)] = gradient
+            if parameter is not None and gradient is not None:
+                add_gradient(sink, parameter, gradient)
         return dx
 
     def factors(self, x_TD: Tensor, statistics: tuple[Tensor, ...]) -> dict[str, Tensor] | None:
@@ -225,16 +255,28 @@ class ResidualOutput:
         saved[f"_t_{self.name}"] = t
         return y
 
-    def restore(self, x: Tensor, residual: Tensor, saved: Saved, seeds: tuple[int, ...]) -> Tensor:
-        """The new residual stream again, from the saved projection where it was kept."""
-        if self.name in saved:
-            return self._add(saved[self.name], residual, saved)
-        return self.forward(x, self.group.extend(x.shape[0]), residual, saved, seeds)
+    def restore(self, residual: Tensor, saved: Saved) -> Tensor:
+        """The new residual stream again, from the projection's output, which was kept."""
+        return self._add(saved[self.name], residual, saved)
+
+    def taken(self, saved: Saved) -> tuple[Tensor, ...] | None:
+        """Takes what the norm behind the projection needs out of `saved`: (its input, its statistics ...)."""
+        if self.after is None:
+            return None
+        return saved.pop(self.name), *saved.pop(f"_statistics_{self.name}")
 
     def _add(self, z: Tensor, residual: Tensor, saved: Saved) -> Tensor:
         assert self.after is not None
         normed, saved[f"_statistics_{self.name}"] = self.after.forward(z)
         return torch.add(residual, normed, alpha=self.context.residual_scale)
+
+    def again(self, saved: Saved, *, output: bool) -> tuple[str, ...]:
+        """The small tensors that are made again: the projection with its output, or because a norm needs it."""
+        if self.name in saved:
+            return ()
+        if self.after is not None:
+            return f"_t_{self.name}", f"_statistics_{self.name}"
+        return (f"_t_{self.name}",) if output else ()
 
     def room(self, tokens: int, dtype: torch.dtype) -> Tensor | None:
         """A buffer for the gradient of this output, laid out so that `gradient` need not copy it; None if it must."""
@@ -247,18 +289,26 @@ class ResidualOutput:
         return self.group.wide(tokens, backward=True)
 
     def gradient(
-        self, dy_TD: Tensor, room: Tensor | None, saved: Saved, sink: GradientSink
+        self,
+        dy_TD: Tensor,
+        room: Tensor | None,
+        behind: tuple[Tensor, ...] | None,
+        sink: GradientSink,
     ) -> Tensor:
         """The gradient of the projection's output, scaled, in the group's wide layout.
 
-        room: what `room()` gave, if dy lies in it.
+        room: what `room()` of a layer like this one gave, if dy lies in it. behind: what `taken` gave.
         """
-        if room is not None:
-            return room
+        tokens = dy_TD.shape[0]
+        if room is not None and self.after is None and self.context.residual_scale == 1.0:
+            width = self.group.width(tokens, backward=True)
+            if room.shape == (tokens, width) and room.data_ptr() == dy_TD.data_ptr():
+                return room
         dz = dy_TD if self.context.residual_scale == 1.0 else dy_TD * self.context.residual_scale
         if self.after is not None:
-            z = saved.pop(self.name)
-            dz = self.after.backward(dz.to(z.dtype), z, saved.pop(f"_statistics_{self.name}"), sink)
+            assert behind is not None
+            z, *statistics = behind
+            dz = self.after.backward(dz.to(z.dtype), z, tuple(statistics), sink)
         wide = self.group.wide(dz.shape[0], backward=True)
         wide[:, : self.group.n] = dz
         return wide

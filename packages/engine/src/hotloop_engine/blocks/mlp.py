@@ -3,18 +3,20 @@
     h = norm(x);  gate, up = h W_gu^T;  y = x + (act(gate) * up) W_down^T
 
 Saved by name: x_mid (the input, by the caller) and gate_up. act(gate) * up is made again by the activation's backward.
+In tiles of the tokens nothing wide is saved: backward makes gate and up again, tile by tile.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from hotloop_engine.ops.lora_linear import GradientSink, LinearGroup, draw_seeds
 
-from .context import BlockContext, Norm, NormedInput, NormView, ResidualOutput, Saved
+from .context import BlockContext, Norm, NormedInput, NormView, ResidualOutput, Saved, cut
 
 if TYPE_CHECKING:
-    import torch
     from hotloop_core.kernels import Activation
     from torch import Tensor
 
@@ -52,6 +54,23 @@ class MlpBlock:
 
     def forward(self, x_TD: Tensor, saved: Saved) -> Tensor:
         """Returns the residual stream behind the MLP; fills `saved`."""
+        tiles = self.context.tiles(x_TD.shape[0])
+        if tiles == [None]:
+            return self._forward(x_TD, saved)
+        y_TD, parts = torch.empty_like(x_TD), []
+        with self.gate_up.held(), self.down.held():
+            for rows in tiles:
+                part: Saved = {}
+                y_TD[rows] = self._forward(x_TD[rows], part)
+                for name in self.names:
+                    part.pop(name, None)
+                for name in self.again(part, output=False):
+                    del part[name]
+                parts.append(part)
+        saved["_tiles"] = parts
+        return y_TD
+
+    def _forward(self, x_TD: Tensor, saved: Saved) -> Tensor:
         saved["_seeds_gate_up"], saved["_seeds_down"] = (
             draw_seeds(self.gate_up),
             draw_seeds(self.down),
@@ -61,11 +80,26 @@ class MlpBlock:
 
     def restore_output(self, x_TD: Tensor, saved: Saved) -> Tensor:
         """The residual stream behind the MLP again, recomputing what is missing on the way."""
+        tiles = self.context.tiles(x_TD.shape[0])
+        if tiles == [None]:
+            return self._restore_output(x_TD, saved)
+        y_TD = torch.empty_like(x_TD)
+        with self.gate_up.held(), self.down.held():
+            for rows, part in zip(tiles, saved["_tiles"], strict=True):
+                y_TD[rows] = self._restore_output(x_TD[rows], dict(part))
+        return y_TD
+
+    def _restore_output(self, x_TD: Tensor, saved: Saved) -> Tensor:
         if "mlp_out" in saved:
-            return self.output.restore(x_TD.new_empty(0), x_TD, saved, saved["_seeds_down"])
+            return self.output.restore(x_TD, saved)
         if "gate_up" not in saved:
             self._project(x_TD, saved)
         return self._finish(x_TD, saved)
+
+    def again(self, saved: Saved, *, output: bool) -> tuple[str, ...]:
+        """What `_project` and, behind a norm, `_finish` make again."""
+        names = () if "gate_up" in saved else ("_t_gate_up", "_statistics_x_mid")
+        return tuple(n for n in (*names, *self.output.again(saved, output=output)) if n in saved)
 
     def gradient_room(self, tokens: int, dtype: torch.dtype) -> Tensor | None:
         """Where the gradient of this block's output is best put; None where it does not matter."""
@@ -83,12 +117,42 @@ class MlpBlock:
         out: Tensor | None = None,
     ) -> Tensor | None:
         """Returns dx; releases each saved tensor as soon as it has been used."""
+        tiles = self.context.tiles(x_TD.shape[0])
+        if tiles == [None]:
+            return self._backward(dy_TD, x_TD, saved, sink, need_dx=need_dx, room=room, out=out)
+        dx = out
+        if dx is None and need_dx:
+            dx = torch.empty_like(x_TD)
+        with self.gate_up.held(), self.down.held():
+            for rows, part in zip(tiles, saved.pop("_tiles"), strict=True):
+                self._backward(
+                    dy_TD[rows],
+                    x_TD[rows],
+                    part,
+                    sink,
+                    need_dx=need_dx,
+                    room=cut(room, rows),
+                    out=cut(dx, rows),
+                )
+        return dx
+
+    def _backward(
+        self,
+        dy_TD: Tensor,
+        x_TD: Tensor,
+        saved: Saved,
+        sink: GradientSink,
+        *,
+        need_dx: bool,
+        room: Tensor | None,
+        out: Tensor | None,
+    ) -> Tensor | None:
         tokens = x_TD.shape[0]
         if "gate_up" not in saved:
             self._project(x_TD, saved, keep_weights=True)
         if self.output.after is not None and "mlp_out" not in saved:
             self._finish(x_TD, saved)
-        dz = self.output.gradient(dy_TD, room, saved, sink)
+        dz = self.output.gradient(dy_TD, room, self.output.taken(saved), sink)
         e = self.down.extend(tokens, backward=True)
         dt, dh_TI = self.down.backward_input(dz, e, seeds=saved["_seeds_down"])
         assert dh_TI is not None

@@ -16,6 +16,7 @@ from hotloop_engine.blocks import (
     BlockContext,
     MlpBlock,
     NormView,
+    Surroundings,
     run_blocks,
 )
 from hotloop_engine.ops.lora_linear import LinearGroup
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from .classes import STATE, role
 from .masks import LazyMask
 from .views import FourBitCache, Refusal, linear_view, norm_view, refuse
+from .waiting import Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -42,7 +44,11 @@ class Shared:
     ops: Mapping[str, str]
     backend: str | None
     deterministic: bool
+    waiting: Waiting = field(init=False)
     _known: tuple[tuple[Any, ...], Sequences] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        self.waiting = Waiting(self)
 
     def sequences(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Sequences:
         """How the tokens of this batch divide; worked out by the first layer, then remembered."""
@@ -163,8 +169,16 @@ def forward(
             raise refuse(state.path, refusal) from None
         return _run_own(own_forward, hidden_states, kwargs)
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-    plan = state.shared.plan.layers[state.index]
-    return run_blocks(blocks, flat, plan, where=state.path).view(hidden_states.shape)
+    waiting = state.shared.waiting
+    around = Surroundings(
+        where=state.path,
+        store=waiting.store(hidden_states),
+        below=waiting.below(hidden_states),
+    )
+    y_TD, run = run_blocks(blocks, flat, state.shared.plan.layers[state.index], around)
+    y = y_TD.view(hidden_states.shape)
+    waiting.passed(y, run)
+    return y
 
 
 def _needs_own_path(layer: nn.Module, state: LayerState, kwargs: Mapping[str, Any]) -> bool:
@@ -199,13 +213,16 @@ def build_blocks(
         Refusal: the layer, or this call, has something that the blocks do not do.
     """
     shared, spec, facts = state.shared, state.spec, state.shared.facts
-    modules = {role: layer.get_submodule(path) for role, path in state.paths.items()}
-    _check_call(layer, state, kwargs)
+    modules = _check_call(layer, state, kwargs).modules
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     context = BlockContext(
-        dtype=dtype, device=hidden.device, ops=shared.ops, residual_scale=facts.residual_scale
+        dtype=dtype,
+        device=hidden.device,
+        ops=shared.ops,
+        residual_scale=facts.residual_scale,
+        tile=shared.plan.tile,
     )
 
     def norm(role: str) -> NormView | None:
@@ -262,7 +279,8 @@ _CAPTURE = "transformers.utils.output_capturing"  # sees outputs that a wired la
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _check_call(layer: nn.Module, state: LayerState, kwargs: Mapping[str, Any]) -> None:
+def _check_call(layer: nn.Module, state: LayerState, kwargs: Mapping[str, Any]) -> Guard:
+    """Refuses what this call cannot have; returns the layer's guard, which holds."""
     shared = state.shared
     mask = kwargs.get("attention_mask")
     if isinstance(mask, LazyMask):
@@ -276,13 +294,18 @@ def _check_call(layer: nn.Module, state: LayerState, kwargs: Mapping[str, Any]) 
         raise Refusal("attention-dropout", f"attention_dropout={shared.facts.attention_dropout}")
     if state.guard is None or not state.guard.holds():
         check_modules(layer)
-        state.guard = Guard(layer)
+        state.guard = Guard(layer, state.paths)
+    return state.guard
 
 
 class Guard:
-    """Remembers that `check_modules` found nothing: no module came or went, no hook or forward was added since."""
+    """Remembers that `check_modules` found nothing: no module came or went, no hook or forward was added since.
 
-    def __init__(self, layer: nn.Module) -> None:
+    modules: the module of each role, which so are still those.
+    """
+
+    def __init__(self, layer: nn.Module, paths: Mapping[str, str]) -> None:
+        self.modules = {role: layer.get_submodule(path) for role, path in paths.items()}
         inner = [module for module in layer.modules() if module is not layer]
         self._own = [module.__dict__ for module in inner]
         self._hooks = [own[kind] for own in self._own for kind in _HOOKS if not own[kind]]

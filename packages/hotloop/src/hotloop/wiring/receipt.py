@@ -11,6 +11,7 @@ from .classes import STATE, wired_class
 
 if TYPE_CHECKING:
     from hotloop_core import FamilySpec, Plan
+    from hotloop_engine.stores import HostActivationStore
     from torch import nn
 
     from .layer import Shared
@@ -50,6 +51,11 @@ class Receipt:
     def plan(self) -> Plan:
         """The plan in force."""
         return self.shared.plan
+
+    @property
+    def store(self) -> HostActivationStore | None:
+        """Where offloaded tensors wait, for its statistics; None before the first pass that offloads."""
+        return self.shared.waiting.last_store
 
     def replan(self, plan: Plan) -> None:
         """Puts another plan in force for the next forward; no weight moves."""

@@ -1,4 +1,4 @@
-"""The middle of an MLP whose projections have adapters: the activation, and what the adapters need, in one pass each way.
+"""The middle of an MLP whose projections have adapters: activation and what the adapters need, one pass each way.
 
     h = act(gate) ∘ up,  t = h (sA)^T          backward: dgate, dup, and the sums dgate^T t', dup^T t', h^T dt
 

@@ -19,8 +19,9 @@ from . import reference
 from .reference import WIDEST
 
 if TYPE_CHECKING:
-    from hotloop_engine.ops.lora_linear import LinearGroup
     from torch import Tensor
+
+    from hotloop_engine.ops.lora_linear import LinearGroup
 
 ROWS, COLUMNS, NUM_WARPS = 64, 128, 4
 LINES = 64  # of dA and dB, for a program that adds partial sums

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from hotloop_engine.ops.lora_linear import LinearGroup
     from torch import Tensor
+
+    from hotloop_engine.ops.lora_linear import LinearGroup
 
 
 WIDEST = 64

@@ -12,13 +12,22 @@ from torch.autograd.function import once_differentiable
 
 from hotloop_engine.ops._select import CUDA, EVERYWHERE, register
 
-from .group import GradientSink, LinearGroup, matmul_to
+from .gemm import GradientSink, add_gradient, matmul_to
+from .group import LinearGroup
 from .views import LinearView, Lora
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["GradientSink", "LinearGroup", "LinearView", "Lora", "lora_linear", "matmul_to"]
+__all__ = [
+    "GradientSink",
+    "LinearGroup",
+    "LinearView",
+    "Lora",
+    "add_gradient",
+    "lora_linear",
+    "matmul_to",
+]
 
 for _op in ("lora_linear", "adapter_gradients"):  # what groups are made of; not chosen one by one
     _folder = f"hotloop_engine.ops.{_op}"

@@ -17,6 +17,7 @@ columns that a thin GEMM would touch again, else it is used in place with thin G
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -27,13 +28,13 @@ from torch import Tensor
 from hotloop_engine.ops._select import implementation
 from hotloop_engine.ops.dropout import dropout
 
+from .gemm import add_gradient, gemm, matmul_to
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from .gemm import GradientSink
     from .views import LinearView
-
-GradientSink = dict[int, Tensor]
-"""id of a parameter -> its gradient, added up where a parameter occurs twice."""
 
 CUDA_PITCH = 64  # columns are padded to this, so that every row starts on 128 bytes in 16-bit types
 
@@ -64,6 +65,7 @@ class LinearGroup:
         self.drops = any(view.lora is not None and view.lora.dropout > 0 for view in self.views)
         self.sums = not self.drops and implementation("adapter_gradients", device).fits(self)
         """Whether the adapters' gradients come from sums over tokens that whoever makes x or dy may make."""
+        self._held: list[Tensor] | None = None
         self.prepared: object = None  # what an implementation keeps of this group between launches
         self._cast = any(
             isinstance(view.weight, Tensor) and view.weight.dtype != dtype for view in self.views
@@ -93,8 +95,16 @@ class LinearGroup:
 
     def extend(self, tokens: int, *, backward: bool = False) -> Tensor | None:
         """E [N + C, K + C], or None where the weights are used in place."""
+        if self._held:
+            return self._held[0]
         if not self.extends(tokens, backward=backward):
             return None
+        e = self._extend()
+        if self._held is not None:
+            self._held.append(e)
+        return e
+
+    def _extend(self) -> Tensor:
         e = torch.empty(
             self.n + self.columns, self.k + self.columns, dtype=self.dtype, device=self.device
         )
@@ -109,11 +119,24 @@ class LinearGroup:
         self._fill(e[: self.n, self.k :], e[self.n :, : self.k])
         return e
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Within, E is built once: for several passes over parts of the tokens."""
+        self._held = []
+        try:
+            yield
+        finally:
+            self._held = None
+
+    def width(self, tokens: int, *, backward: bool = False) -> int:
+        """K + C, the width of an input with its columns (backward: N + C); without them where E is not built."""
+        columns = self.columns if self.extends(tokens, backward=backward) else 0
+        return (self.n if backward else self.k) + columns
+
     def wide(self, tokens: int, *, backward: bool = False) -> Tensor:
         """An uninitialised [T, K + C] for the input (backward: [T, N + C] for its gradient)."""
-        features = self.n if backward else self.k
-        columns = self.columns if self.extends(tokens, backward=backward) else 0
-        return torch.empty(tokens, features + columns, dtype=self.dtype, device=self.device)
+        width = self.width(tokens, backward=backward)
+        return torch.empty(tokens, width, dtype=self.dtype, device=self.device)
 
     def forward(
         self,
@@ -134,7 +157,7 @@ class LinearGroup:
         if t_TR is not None:
             assert e is not None
             y = self._output(x, residual) if out is None else out
-            _gemm(x, e[: self.n].T, y, residual, alpha)
+            gemm(x, e[: self.n].T, y, residual, alpha)
             return y, t_TR
         x_TK = x[:, : self.k]
         b_NC, a_CK = self._adapters(e)
@@ -142,14 +165,14 @@ class LinearGroup:
         t_TC = self._adapter_input(x_TK, a_CK, e, seeds, out=room)
         y = self._output(x, residual) if out is None else out
         if e is not None and x.shape[1] > self.k:
-            _gemm(x, e[: self.n].T, y, residual, alpha)
+            gemm(x, e[: self.n].T, y, residual, alpha)
             return y, t_TC[:, : self.rank].clone() if t_TC is not None and self.rank else None
         if e is not None:
-            _gemm(x_TK, e[: self.n, : self.k].T, y, residual, alpha)
+            gemm(x_TK, e[: self.n, : self.k].T, y, residual, alpha)
         else:
             self._in_place(x_TK, y, residual, alpha)
         if t_TC is not None:
-            _gemm(t_TC, b_NC.T, y, y, alpha)
+            gemm(t_TC, b_NC.T, y, y, alpha)
         return y, t_TC[:, : self.rank] if t_TC is not None and self.rank else None
 
     def backward(
@@ -202,7 +225,7 @@ class LinearGroup:
         else:
             for i, (view, rows) in enumerate(zip(self.views, self.rows, strict=True)):
                 assert isinstance(view.weight, Tensor)
-                _gemm(dy_TN[:, rows], view.weight, dx, dx if i else None, 1.0)
+                gemm(dy_TN[:, rows], view.weight, dx, dx if i else None, 1.0)
         if dt_TC is not None and not rides:
             dx.addmm_(dt_TC, a_CK)
         if self.drops:
@@ -241,17 +264,19 @@ class LinearGroup:
                 found = op.gradients(self, db, da, column_scale)
                 for view, pair in zip(self.views, found, strict=True):
                     if view.lora is not None:
-                        _add(sink, view.lora.a_RK, pair[0])
-                        _add(sink, view.lora.b_NR, pair[1])
+                        add_gradient(sink, view.lora.a_RK, pair[0])
+                        add_gradient(sink, view.lora.b_NR, pair[1])
             else:
                 assert x_TK is not None
                 self._one_by_one(dy_TN, dt_TC, x_TK, t_TR, sink, row_scale, column_scale, seeds)
         for view, rows in zip(self.views, self.rows, strict=True):
             if isinstance(view.weight, Tensor) and view.weight.requires_grad:
                 assert x_TK is not None
-                _add(sink, view.weight, matmul_to(dy_TN[:, rows].T, x_TK, view.weight.dtype))
+                add_gradient(
+                    sink, view.weight, matmul_to(dy_TN[:, rows].T, x_TK, view.weight.dtype)
+                )
             if view.bias is not None and view.bias.requires_grad:
-                _add(sink, view.bias, dy_TN[:, rows].sum(0, dtype=torch.float32))
+                add_gradient(sink, view.bias, dy_TN[:, rows].sum(0, dtype=torch.float32))
 
     def _output(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return torch.empty(
@@ -269,7 +294,7 @@ class LinearGroup:
             if view.bias is not None and residual is None and alpha == 1.0:
                 torch.addmm(view.bias.to(self.dtype), x_TK, view.weight.T, out=target)
                 continue
-            _gemm(
+            gemm(
                 x_TK, view.weight.T, target, None if residual is None else residual[:, rows], alpha
             )
             if view.bias is not None:
@@ -332,13 +357,15 @@ class LinearGroup:
             if lora is None or not (lora.a_RK.requires_grad or lora.b_NR.requires_grad):
                 continue
             rows, ranks = self.rows[i], self.ranks[i]
-            _add(sink, lora.b_NR, matmul_to(dy_TN[:, rows].T, t_TR[:, ranks], torch.float32))
+            add_gradient(
+                sink, lora.b_NR, matmul_to(dy_TN[:, rows].T, t_TR[:, ranks], torch.float32)
+            )
             if whole is not None:
                 da = whole[ranks]
             else:
                 x_in = dropout(x_TK, lora.dropout, seeds[i]) if lora.dropout > 0 else x_TK
                 da = matmul_to(dt_TC[:, ranks].T, x_in, torch.float32)
-            _add(sink, lora.a_RK, da * lora.scale)
+            add_gradient(sink, lora.a_RK, da * lora.scale)
 
     def _add_dropped(self, dx: Tensor, dt_TC: Tensor | None, seeds: Sequence[int]) -> None:
         """The part of dx that comes back through a mask: those rows of sA are zero in E."""
@@ -364,30 +391,3 @@ class LinearGroup:
         """s·A, multiplied in A's own precision and rounded once."""
         assert view.lora is not None
         return (view.lora.a_RK.detach() * view.lora.scale).to(self.dtype)
-
-
-def matmul_to(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b accumulated in fp32 and rounded once, to `dtype`."""
-    if a.dtype == dtype:
-        return torch.mm(a, b)
-    if a.device.type == "cuda" and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float()).to(dtype)
-
-
-def _gemm(a: Tensor, b: Tensor, out: Tensor, residual: Tensor | None, alpha: float) -> None:
-    """out = residual + alpha * a b; a residual of another dtype (fp32 under autocast) is added after the GEMM."""
-    if residual is None:
-        torch.mm(a, b, out=out)
-        if alpha != 1.0:
-            out *= alpha
-    elif out.dtype == a.dtype:
-        torch.addmm(residual, a, b, alpha=alpha, out=out)
-    else:
-        torch.add(residual, torch.mm(a, b), alpha=alpha, out=out)
-
-
-def _add(sink: GradientSink, parameter: Tensor, gradient: Tensor) -> None:
-    if parameter.requires_grad:
-        known = sink.get(id(parameter))
-        sink[id(parameter)] = gradient if known is None else known + gradient

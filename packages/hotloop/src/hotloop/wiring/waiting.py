@@ -1,0 +1,71 @@
+"""What a pass through a wired model needs beside its layers: where tensors wait, and which layer made which input."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from hotloop_core import ModelFacts, Placement, Plan
+from hotloop_core.plan import saved_tensors
+from hotloop_engine.stores import HostActivationStore
+
+if TYPE_CHECKING:
+    from hotloop_engine.blocks import Run
+    from torch import Tensor
+
+    from .layer import Shared
+
+
+class Waiting:
+    """Where the tensors of a pass wait: the store that the plan asks for, and who made the input of the next layer."""
+
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        self._store: tuple[Plan, HostActivationStore | None] | None = None
+        self._last: tuple[weakref.ref[Tensor], weakref.ref[Run]] | None = None
+
+    def store(self, hidden: Tensor) -> HostActivationStore | None:
+        """The activation store of the plan at hand; None where it offloads nothing."""
+        plan = self._shared.plan
+        if self._store is None or self._store[0] is not plan:
+            capacity, ahead = offloaded_bytes(plan, self._shared.facts, hidden.element_size())
+            made = None
+            if ahead:
+                made = HostActivationStore(hidden.device, capacity=capacity, ahead=ahead)
+            self._store = (plan, made)
+        return self._store[1]
+
+    @property
+    def last_store(self) -> HostActivationStore | None:
+        """The store of the last pass, for its statistics."""
+        return None if self._store is None else self._store[1]
+
+    def below(self, hidden: Tensor) -> Run | None:
+        """The run that made `hidden`, if a wired layer did and nobody changed it since."""
+        if self._last is None or self._last[0]() is not hidden:
+            return None
+        return self._last[1]()
+
+    def passed(self, hidden: Tensor, run: Run | None) -> None:
+        """Notes what a layer gave to the next."""
+        self._last = None if run is None else (weakref.ref(hidden), weakref.ref(run))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_shared": self._shared, "_store": None, "_last": None}
+
+
+def offloaded_bytes(plan: Plan, facts: ModelFacts, width: int) -> tuple[int, int]:
+    """(host bytes that a pass needs, the most that one layer puts), 0 where nothing is offloaded.
+
+    width: bytes of an activation.
+    """
+    layers = [
+        sum(
+            plan.tokens * (width * saved.elements + saved.extra_bytes)
+            for saved in saved_tensors(facts)
+            if layer.placement(saved.name) is Placement.OFFLOAD
+        )
+        for layer in plan.layers
+    ]
+    most = max(layers)
+    return sum(layers) + sum(layers) // 32, most  # projections travel with the adapters' columns
