@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hotloop.wiring import wire
-from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, Plan
+from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, LayerPlan, Placement, Plan
 from hotloop_testkit.numerics import assert_no_worse_than
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -153,3 +155,39 @@ def test_fp16_works(checkpoint):
         loss = model(input_ids=ids, labels=ids).loss
     (loss * 1024).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_offloaded_tensors_give_the_bits_of_kept_ones_and_leave_the_device(checkpoint):
+    names = ("x", "qkv", "attention", "x_mid", "gate_up")
+    ids, _ = batches()["dense"]
+    model = with_lora(load(checkpoint, bits=4))
+    receipt = wire(model, plan(KEEP_ALL), deterministic=True)
+    kept = run(model, ids)
+
+    def peak():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        found = run(model, ids)
+        return torch.cuda.max_memory_allocated(), found
+
+    most, _ = peak()
+    for placements in (
+        dict.fromkeys(names, Placement.OFFLOAD),
+        {**RECOMPUTE_ALL.placements, "x": Placement.OFFLOAD},
+        {**RECOMPUTE_ALL.placements, "gate_up": Placement.OFFLOAD},
+    ):
+        receipt.replan(plan(LayerPlan(placements=placements)))
+        for _ in range(2):
+            bytes_used, found = peak()
+            assert all(torch.equal(kept[n], found[n]) for n in kept)
+        assert bytes_used < most
+    assert receipt.store.statistics().held_bytes == 0
+
+
+def test_tiles_agree_with_the_whole(checkpoint):
+    ids, _ = batches()["dense"]
+    model = with_lora(load(checkpoint, bits=4))
+    receipt = wire(model, plan(RECOMPUTE_ALL), deterministic=True)
+    whole = run(model, ids)
+    receipt.replan(replace(plan(RECOMPUTE_ALL), tile=500))
+    assert_no_worse_than(run(model, ids), whole, whole, floor=2e-2)
