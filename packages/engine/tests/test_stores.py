@@ -252,6 +252,17 @@ def test_addresses_stay_a_layers_own_and_are_aligned():
     assert before[0][0] == before[2][0] != before[1][0] == before[3][0]
 
 
+def test_a_store_first_used_in_inference_mode_goes_on_in_training():
+    layers = [[torch.randn(3, 4)], [torch.randn(3, 4)], [torch.randn(3, 4)]]
+    store = StreamedWeights("cpu", layers)
+    with torch.inference_mode():
+        store.fetch(0, next_index=1)
+    store.fetch(2, next_index=None)
+    x = torch.randn(4, requires_grad=True)
+    (store.views(2)[0] @ x).sum().backward()
+    assert torch.equal(x.grad, layers[2][0].sum(0))
+
+
 def test_views_and_transposed_tensors_are_kept_whole():
     x = torch.randn(6, 8)
     store = StreamedWeights("cpu", [[x.t(), x[:, 2:5], torch.empty(0, 4)]])

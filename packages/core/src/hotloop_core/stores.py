@@ -20,10 +20,11 @@ class Ticket(Protocol):
 
 
 class ActivationStore(Protocol):
-    """Law: get(put(x)) is bitwise x, for any dtype and layout of rows. A Ticket is redeemed once; a second time raises
+    """Law: get(put(x)) is bitwise x, for any dtype and strides. A Ticket is redeemed once; a second time raises
     PlanError.
 
-    put returns at once; x's device memory is free for reuse as soon as its copy is done and the caller dropped it.
+    put returns at once; nothing may write to x after it. x's device memory is free for reuse as soon as its copy is
+    done and the caller dropped it, in the order of the caller's stream: no call makes the host wait for the device.
     """
 
     def put(self, x: Tensor) -> Ticket:
@@ -36,6 +37,10 @@ class ActivationStore(Protocol):
 
     def get(self, ticket: Ticket) -> Tensor:
         """The tensor again; those put before it set out too, as far as the store has room for."""
+        ...
+
+    def settle(self) -> None:
+        """Lets go of the device memory of what was put, and of what dropped tickets left."""
         ...
 
 

@@ -242,14 +242,13 @@ class ResidualOutput:
         residual: Tensor,
         saved: Saved,
         seeds: tuple[int, ...],
-        t_TR: Tensor | None = None,
     ) -> Tensor:
-        """Returns the new residual stream; notes what backward needs in `saved`. t_TR: see `LinearGroup.forward`."""
+        """Returns the new residual stream; notes what backward needs in `saved`."""
         scale = self.context.residual_scale
         if self.after is None:
-            y, t = self.group.forward(x, e, residual=residual, alpha=scale, seeds=seeds, t_TR=t_TR)
+            y, t = self.group.forward(x, e, residual=residual, alpha=scale, seeds=seeds)
         else:
-            z, t = self.group.forward(x, e, seeds=seeds, t_TR=t_TR)
+            z, t = self.group.forward(x, e, seeds=seeds)
             saved[self.name] = z
             y = self._add(z, residual, saved)
         saved[f"_t_{self.name}"] = t

@@ -202,22 +202,11 @@ class MlpBlock:
 
     def _finish(self, x_TD: Tensor, saved: Saved) -> Tensor:
         gate, up = self._split(saved["gate_up"])
-        down = self.down
-        act, e = down.wide(x_TD.shape[0]), down.extend(x_TD.shape[0])
-        t_TR = None
-        if e is not None and down.sums:
-            t_TR = self.adapter_glu.forward(
-                gate,
-                up,
-                e[down.n :, : down.k],
-                activation=self.activation,
-                out=act,
-                rank=down.rank,
-                bias=down.has_bias,
-            )
-        else:
-            self.glu.forward(gate, up, activation=self.activation, out=act[:, : down.k])
-        return self.output.forward(act, e, x_TD, saved, saved["_seeds_down"], t_TR)
+        act = self.down.wide(x_TD.shape[0])
+        self.glu.forward(gate, up, activation=self.activation, out=act[:, : self.down.k])
+        return self.output.forward(
+            act, self.down.extend(x_TD.shape[0]), x_TD, saved, saved["_seeds_down"]
+        )
 
     def _split(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
         width = self.gate_up.n // 2

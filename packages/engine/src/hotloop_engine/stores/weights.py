@@ -204,16 +204,21 @@ class StreamedWeights:
             return link
         size = max(layer.nbytes for layer in self._layers)
         count = min(self._count, len(self._layers))
-        self._slots = [_Slot(link.empty((size,), torch.uint8)) for _ in range(count)]
-        for index, layer in enumerate(self._layers):
-            whole = self._slots[index % self._count].bytes
-            self._views.append(
-                tuple(
-                    whole[start : start + t.nbytes].view(t.dtype).view(t.shape)
-                    for start, t in zip(layer.starts, layer.host, strict=True)
-                )
-            )
+        # Made in inference mode (the first use may be an evaluation), they could never be written to outside it.
+        with torch.inference_mode(False):
+            self._slots = [_Slot(link.empty((size,), torch.uint8)) for _ in range(count)]
+            self._views = [
+                self._views_in(self._slots[index % self._count].bytes, layer)
+                for index, layer in enumerate(self._layers)
+            ]
         return link
+
+    @staticmethod
+    def _views_in(slot: Tensor, layer: _Layer) -> tuple[Tensor, ...]:
+        return tuple(
+            slot[start : start + t.nbytes].view(t.dtype).view(t.shape)
+            for start, t in zip(layer.starts, layer.host, strict=True)
+        )
 
     def _load(self, index: int, current: Stream) -> None:
         link, layer, slot = self._open(), self._layers[index], self._slots[index % self._count]

@@ -1,8 +1,7 @@
-"""The activation of an MLP beside its adapters' products in Triton: every wide tensor is read once and written once.
+"""The backward of an MLP's activation beside its adapters' products in Triton: every wide tensor is read once.
 
-Forward: a program owns rows, walks along the columns, and has t when it arrives at their end. Backward: a program owns
-columns and walks down a share of the tokens, with the sums for three adapter gradients in registers; act(gate) * up is
-never written. Shapes as in `reference.py`.
+A program owns columns and walks down a share of the tokens, with the sums for three adapter gradients in registers;
+act(gate) * up is never written. Shapes as in `reference.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import triton.language as tl
 from hotloop_engine.ops.adapter_gradients.kernel import add_outer, padded, shares
 from hotloop_engine.ops.adapter_gradients.reference import WIDEST
 from hotloop_engine.ops.glu.kernel import activate
-from hotloop_engine.ops.kernel import launch, multiprocessors
+from hotloop_engine.ops.kernel import launch
 
 from . import reference
 
@@ -24,58 +23,8 @@ if TYPE_CHECKING:
     from hotloop_core.kernels import Activation
     from torch import Tensor
 
-FORWARD_COLUMNS, FORWARD_WARPS = 256, 8
-ROWS, COLUMNS, NUM_WARPS = 32, 128, 8
-
-
-@triton.jit
-def _forward(
-    gate,
-    up,
-    a,
-    out,
-    t_out,
-    tokens,
-    columns,
-    rank,
-    more,
-    bias_column,
-    gate_pitch,
-    up_pitch,
-    a_pitch,
-    out_pitch,
-    ACTIVATION: tl.constexpr,
-    P: tl.constexpr,
-    MORE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (t < tokens)[:, None]
-    line = t[:, None].to(tl.int64)
-    p = tl.arange(0, P)
-    total = tl.zeros((ROWS, P), dtype=tl.float32)
-    for first in range(0, columns, COLUMNS):
-        i = first + tl.arange(0, COLUMNS)
-        here = inside & (i < columns)[None, :]
-        g = tl.load(gate + line * gate_pitch + i[None, :], mask=here, other=0.0).to(tl.float32)
-        u = tl.load(up + line * up_pitch + i[None, :], mask=here, other=0.0).to(tl.float32)
-        activated, _ = activate(g, ACTIVATION)
-        h = (activated * u).to(out.dtype.element_ty)
-        tl.store(out + line * out_pitch + i[None, :], h, mask=here)
-        rows = (p < rank)[:, None] & (i < columns)[None, :]
-        narrow = tl.load(a + p[:, None] * a_pitch + i[None, :], mask=rows, other=0.0)
-        total = tl.dot(h, tl.trans(narrow), total)
-    result = tl.where((p == bias_column)[None, :], 1.0, total).to(out.dtype.element_ty)
-    behind = out + line * out_pitch + columns
-    tl.store(behind + p[None, :], result, mask=inside & (p < more)[None, :])
-    rest = tl.arange(0, MORE)
-    ones = tl.where((rest == bias_column)[None, :] & inside, 1.0, 0.0).to(out.dtype.element_ty)
-    tl.store(
-        behind + rest[None, :], ones, mask=inside & (rest >= P)[None, :] & (rest < more)[None, :]
-    )
-    to = t_out + line * rank + p[None, :]
-    tl.store(to, total.to(t_out.dtype.element_ty), mask=inside & (p < rank)[None, :])
+# Of the tiles tried on an H100 the one that spills no register: 81% of the copy rate, twice what wider ones reach.
+ROWS, COLUMNS, NUM_WARPS = 32, 64, 4
 
 
 @triton.jit
@@ -156,57 +105,6 @@ def _narrow(*tensors: Tensor) -> bool:
     )
 
 
-def forward(
-    gate_TI: Tensor,
-    up_TI: Tensor,
-    a_CI: Tensor,
-    *,
-    activation: Activation,
-    out: Tensor,
-    rank: int,
-    bias: bool,
-) -> Tensor:
-    """As the reference; ranks above 64 and 32-bit tensors are the reference's."""
-    tokens, columns = gate_TI.shape
-    if rank > WIDEST or not _narrow(gate_TI[:, :1]):
-        return reference.forward(
-            gate_TI, up_TI, a_CI, activation=activation, out=out, rank=rank, bias=bias
-        )
-    t_TR = gate_TI.new_empty(tokens, rank)
-    # A program walks along its rows: enough programs to fill the card come before rows that share A.
-    rows = 32 if tokens >= 32 * 2 * multiprocessors(gate_TI.device) else 16
-    more = out.shape[1] - columns
-    launch(
-        _forward,
-        triton.cdiv(tokens, rows),
-        (
-            gate_TI,
-            up_TI,
-            a_CI,
-            out,
-            t_TR,
-            tokens,
-            columns,
-            rank,
-            more,
-            rank if bias else -1,
-            gate_TI.stride(0),
-            up_TI.stride(0),
-            a_CI.stride(0),
-            out.stride(0),
-        ),
-        {
-            "ACTIVATION": activation,
-            "P": padded(rank),
-            "MORE": triton.next_power_of_2(max(16, more)),
-            "ROWS": rows,
-            "COLUMNS": FORWARD_COLUMNS,
-        },
-        num_warps=FORWARD_WARPS,
-    )
-    return t_TR
-
-
 def backward_(
     dh_TI: Tensor,
     gate_TI: Tensor,
@@ -220,7 +118,7 @@ def backward_(
     if not _narrow(t_TR, dt_TR, gate_TI[:, :1]):
         return reference.backward_(dh_TI, gate_TI, up_TI, t_TR, dt_TR, activation=activation)
     tokens, columns = gate_TI.shape
-    blocks = triton.cdiv(columns, COLUMNS)
+    blocks = -(-columns // COLUMNS)
     count, share = shares(tokens, blocks, gate_TI.device)
     pb, pa = padded(t_TR.shape[1]), padded(dt_TR.shape[1])
     db = torch.empty(count, 2 * columns, pb, dtype=torch.float32, device=gate_TI.device)

@@ -1,4 +1,4 @@
-"""The activation of an MLP beside its adapters' products, in plain torch."""
+"""The backward of an MLP's activation beside its adapters' products, in plain torch."""
 
 from __future__ import annotations
 
@@ -12,32 +12,6 @@ from hotloop_engine.ops.glu import reference as glu
 if TYPE_CHECKING:
     from hotloop_core.kernels import Activation
     from torch import Tensor
-
-
-def forward(
-    gate_TI: Tensor,
-    up_TI: Tensor,
-    a_CI: Tensor,
-    *,
-    activation: Activation,
-    out: Tensor,
-    rank: int,
-    bias: bool,
-) -> Tensor:
-    """Writes h = act(gate) up into the first I columns of `out` [T, I + C] and t_TC = h a^T into the others.
-
-    a_CI: s·A, zeros in its rows from `rank` on. bias: a one goes into column `rank` of t.
-
-    Returns:
-        t_TR: [T, rank], memory of its own.
-    """
-    columns = gate_TI.shape[1]
-    h = glu.forward(gate_TI, up_TI, activation=activation, out=out[:, :columns])
-    t_TC = out[:, columns:]
-    torch.mm(h, a_CI.T, out=t_TC)
-    if bias:
-        t_TC[:, rank] = 1.0
-    return t_TC[:, :rank].clone()
 
 
 def backward_(

@@ -30,15 +30,15 @@ MOST = 3  # projections in a group
 
 def padded(columns: int) -> int:
     """P for a number of columns: a power of two that the tensor cores take."""
-    return max(16, triton.next_power_of_2(columns))
+    return max(16, 1 << (columns - 1).bit_length())
 
 
 def shares(tokens: int, blocks: int, device: torch.device) -> tuple[int, int]:
     """(number of shares, tokens in each) that give four programs a multiprocessor, at least 256 tokens each."""
     wanted = max(1, -(-4 * multiprocessors(device) // max(1, blocks)))
     count = max(1, min(wanted, tokens // 256))
-    share = triton.cdiv(triton.cdiv(max(1, tokens), count), ROWS) * ROWS
-    return max(1, triton.cdiv(tokens, share)), share
+    share = -(-max(1, tokens) // (count * ROWS)) * ROWS
+    return max(1, -(-tokens // share)), share
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def column_sums(a_TM: Tensor, b_TC: Tensor, *, row_scale_T: Tensor | None = None
     (tokens, m), columns = a_TM.shape, b_TC.shape[1]
     if columns > WIDEST or a_TM.dtype not in (torch.bfloat16, torch.float16) or not tokens:
         return reference.column_sums(a_TM, b_TC, row_scale_T=row_scale_T)
-    blocks = triton.cdiv(m, COLUMNS)
+    blocks = -(-m // COLUMNS)
     count, share = shares(tokens, blocks, a_TM.device)
     p = padded(columns)
     out = torch.empty(count, m, p, dtype=torch.float32, device=a_TM.device)
@@ -196,10 +196,10 @@ def gradients(
     ]
     out = torch.empty(sum(sizes) + group.rank * group.k, dtype=torch.float32, device=db.device)
     out_b, out_a = out[: sum(sizes)], out[sum(sizes) :].view(group.rank, group.k)
-    blocks = triton.cdiv(group.n, LINES)
+    blocks = -(-group.n // LINES)
     launch(
         _gradients,
-        blocks + triton.cdiv(group.k, LINES),
+        blocks + -(-group.k // LINES),
         (
             db,
             da,

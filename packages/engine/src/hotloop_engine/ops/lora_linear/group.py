@@ -147,18 +147,11 @@ class LinearGroup:
         alpha: float = 1.0,
         seeds: Sequence[int] = (),
         out: Tensor | None = None,
-        t_TR: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns (y_TN = residual + alpha * projections, t_TR = x (sA)^T for backward).
 
         x: [T, K], or `wide` with x in its first K columns (the rest is overwritten). out: [T, N], any row stride.
-        t_TR: a copy of what `wide` holds behind x already, where whoever made x made that too.
         """
-        if t_TR is not None:
-            assert e is not None
-            y = self._output(x, residual) if out is None else out
-            gemm(x, e[: self.n].T, y, residual, alpha)
-            return y, t_TR
         x_TK = x[:, : self.k]
         b_NC, a_CK = self._adapters(e)
         room = x[:, self.k :] if x.shape[1] > self.k else None
