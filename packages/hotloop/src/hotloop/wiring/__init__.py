@@ -18,6 +18,8 @@ from hotloop_core import (
 from hotloop_core.errors import UnsupportedError, WireError
 from hotloop_core.plan import KEEP_ALL
 
+from hotloop.homes import homes_of
+
 from . import masks
 from .classes import STATE, wired_class
 from .layer import LayerState, Shared, check_modules, module_paths
@@ -81,7 +83,15 @@ def wire(
     _register_ops(registry)
     if plan is None:
         plan = Plan(layers=(KEEP_ALL,) * facts.layers, tokens=0, longest=0)
-    shared = Shared(facts, plan, frozenset(allow_eager), dict(ops or {}), attention, deterministic)
+    shared = Shared(
+        facts,
+        plan,
+        frozenset(allow_eager),
+        dict(ops or {}),
+        attention,
+        deterministic,
+        homes=homes_of(root),
+    )
     layers = _layers(root, spec, facts)
     left_alone = _check(root, layers, spec, shared, config)
     return _swap(root, spec, shared, layers, left_alone)

@@ -30,6 +30,8 @@ from .waiting import Waiting
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from hotloop.homes import Homes
+
 SEQUENCES = "hotloop_sequences"
 """The keyword by which the wired root hands the batch's sequences to every layer."""
 
@@ -44,6 +46,7 @@ class Shared:
     ops: Mapping[str, str]
     backend: str | None
     deterministic: bool
+    homes: Homes | None = None
     waiting: Waiting = field(init=False)
     _known: tuple[tuple[Any, ...], Sequences] | None = field(default=None, repr=False)
 
@@ -162,6 +165,11 @@ def forward(
         kwargs = {**_names(own_forward, hidden_states, args), **kwargs}
     if _needs_own_path(layer, state, kwargs):
         return _run_own(own_forward, hidden_states, kwargs)
+    waiting = state.shared.waiting
+    fetch = waiting.fetch(state.index)
+    if fetch is not None:
+        fetch(False)  # before the weights are read, so that the next layer's set out at once
+    waiting.start_head(state.index)
     try:
         blocks = build_blocks(layer, state, hidden_states, kwargs)
     except Refusal as refusal:
@@ -169,10 +177,10 @@ def forward(
             raise refuse(state.path, refusal) from None
         return _run_own(own_forward, hidden_states, kwargs)
     flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-    waiting = state.shared.waiting
     around = Surroundings(
         where=state.path,
         store=waiting.store(hidden_states),
+        fetch=fetch,
         below=waiting.below(hidden_states),
     )
     y_TD, run = run_blocks(blocks, flat, state.shared.plan.layers[state.index], around)

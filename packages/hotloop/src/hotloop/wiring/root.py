@@ -180,8 +180,14 @@ _LOSS_ONLY = (
 
 
 def _hidden(root: nn.Module, state: RootState, kwargs: Mapping[str, Any]) -> Any:
+    """The decoder's outputs, for the loss that follows."""
     decoder = root.get_submodule(state.family.decoder)
-    return decoder(**{k: v for k, v in kwargs.items() if k not in _LOSS_ONLY})
+    waiting = state.shared.waiting
+    waiting.loss_follows = True
+    try:
+        return decoder(**{k: v for k, v in kwargs.items() if k not in _LOSS_ONLY})
+    finally:
+        waiting.loss_follows = False
 
 
 def _targets(kwargs: Mapping[str, Any], ignore_index: int) -> Tensor:

@@ -10,6 +10,8 @@ from hotloop_core.plan import saved_tensors
 from hotloop_engine.stores import HostActivationStore
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hotloop_engine.blocks import Run
     from torch import Tensor
 
@@ -21,8 +23,29 @@ class Waiting:
 
     def __init__(self, shared: Shared) -> None:
         self._shared = shared
+        self.loss_follows = False
         self._store: tuple[Plan, HostActivationStore | None] | None = None
         self._last: tuple[weakref.ref[Tensor], weakref.ref[Run]] | None = None
+
+    def fetch(self, index: int) -> Callable[[bool], None] | None:
+        """What brings the weights of layer `index` to the device; None where they live there.
+
+        Called with whether backward asks: the pass comes to the layer below next, in forward to the one above.
+        """
+        homes = self._shared.homes
+        if homes is None or index not in homes.layers:
+            return None
+
+        def bring(backward: bool) -> None:
+            homes.fetch(index, index - 1 if backward else index + 1)
+
+        return bring
+
+    def start_head(self, index: int) -> None:
+        """The head sets out for the loss while the last layers are computed, if it lives on the host and one comes."""
+        homes = self._shared.homes
+        if homes is not None and self.loss_follows and index >= len(self._shared.plan.layers) - 8:
+            homes.start_head()
 
     def store(self, hidden: Tensor) -> HostActivationStore | None:
         """The activation store of the plan at hand; None where it offloads nothing."""
@@ -51,7 +74,7 @@ class Waiting:
         self._last = None if run is None else (weakref.ref(hidden), weakref.ref(run))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_shared": self._shared, "_store": None, "_last": None}
+        return {**self.__dict__, "_store": None, "_last": None}
 
 
 def offloaded_bytes(plan: Plan, facts: ModelFacts, width: int) -> tuple[int, int]:

@@ -1,0 +1,358 @@
+"""`settle`: carries out what a plan says of weights; `Homes`: the way to them, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from hotloop_core import Attention, FamilySpec, Glu, Plan, Registry, discover
+from hotloop_core.errors import PlanError, UnsupportedError, UnwireError
+from hotloop_core.plan import amount
+from hotloop_engine.stores import HostBuffer, StreamedWeights
+from torch import Tensor, nn
+
+from .classes import HOME, Housed, HousedModel, house, housed_class
+from .ends import EmbeddingHome, HeadHome, HostEmbedding, HostHead, head_home, is_linear
+from .streamed import Streamed, StreamedHome
+from .weights import over, parts, require_frozen
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass(frozen=True, eq=False)
+class Housing:
+    """One module whose class was replaced."""
+
+    path: str
+    module: nn.Module
+    original: type[nn.Module]
+    kind: type[Housed]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the module still is what it was made."""
+        return type(self.module) is housed_class(self.original, self.kind)
+
+
+class Homes:
+    """Where the frozen weights of one model wait, and how they come to the device.
+
+    device: where the model computes. layers: the decoder layers that stream, in order.
+    """
+
+    def __init__(self, model: Any, plan: Plan, spec: FamilySpec, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.layers = tuple(i for i, layer in enumerate(plan.layers) if layer.streamed)
+        self._model, self._spec = model, spec
+        self._store: StreamedWeights | None = StreamedWeights(device) if self.layers else None
+        self._index: dict[int, int] = {}
+        self._head: HeadHome | None = None
+        self._housings: list[Housing] = []
+        if self.layers or plan.embedding_on_host or plan.head_on_host:
+            self._house("", model, HousedModel, self)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedError(
+            "a wired model whose weights live on the host is not copied or pickled as a whole; save its adapter "
+            "(save_pretrained), export it (hotloop.export), or undo first: receipt_of(model).undo(), then "
+            "homes_of(model).undo()"
+        )
+
+    def fetch(self, layer: int, next_layer: int | None = None) -> None:
+        """Work queued after this call sees the weights of decoder layer `layer`.
+
+        next_layer: the layer that the pass comes to next, in either direction; the nearest one that streams, from
+        there on, sets out. Nothing happens for a layer that is resident.
+        """
+        index = self._index.get(layer)
+        if index is None:
+            return
+        upcoming = None
+        if next_layer is not None:
+            step = 1 if next_layer > layer else -1
+            upcoming = index + step if 0 <= index + step < len(self._index) else None
+        self._stream().fetch(index, next_index=upcoming)
+
+    def fetch_in_turn(self, layer: int) -> None:
+        """`fetch` where modules are called one by one, layer after layer and pass after pass, as in generation."""
+        index = self._index[layer]
+        self._stream().fetch(index, next_index=(index + 1) % len(self._index))
+
+    def views(self, layer: int) -> Sequence[Tensor]:
+        """The tensors of a streamed layer on the device; they hold its values after its fetch."""
+        return self._stream().views(self._index[layer])
+
+    def start_head(self) -> None:
+        """The head's weight sets out, if it lives on the host; reading `lm_head.weight` then need not wait for it."""
+        if self._head is not None:
+            self._head.start()
+
+    def drop_head(self) -> None:
+        """Gives back a head's weight that set out and was not read."""
+        if self._head is not None:
+            self._head.drop()
+
+    def house_layer(self, layer: int) -> None:
+        """Moves the projections of a streamed layer to the host. In the order of layers, each once.
+
+        Raises:
+            PlanError: a weight trains. UnsupportedError: it is no plain or bitsandbytes 4-bit linear.
+            BudgetError: the host cannot lock memory for it.
+        """
+        found = [(path, _linear(path, m)) for path, m in self._projections(layer)]
+        tensors: list[Tensor] = []
+        spans: list[tuple[int, int]] = []
+        for path, leaf in found:
+            weight = leaf._parameters["weight"]
+            assert weight is not None
+            require_frozen(path, weight)
+            pieces = parts(weight)
+            spans.append((len(tensors), len(pieces)))
+            tensors += pieces
+        store = self._stream()
+        index = self._index[layer] = store.add_layer(tensors)
+        host = store.host(index)
+        for (path, leaf), (first, count) in zip(found, spans, strict=True):
+            _put(leaf, host[first : first + count])
+            home = StreamedHome(self, layer, path, first, count)
+            self._house(path, leaf, Streamed, home)
+
+    def house_ends(self) -> None:
+        """Moves the embedding and the head to the host, where the plan says so; tied, they share one copy.
+
+        Raises:
+            PlanError: a weight trains, or one of two tied weights is to stay. UnsupportedError: a head that is no plain
+                linear. BudgetError: the host cannot lock memory for it.
+        """
+        embedding, head, tied = self._ends()
+        if self.plan.embedding_on_host:
+            self._to_host(self._spec.embedding, embedding)
+            home = EmbeddingHome(self._spec.embedding, self.device)
+            self._house(self._spec.embedding, embedding, HostEmbedding, home)
+        if self.plan.head_on_host:
+            if tied:
+                head._parameters["weight"] = embedding._parameters["weight"]
+            else:
+                self._to_host(self._spec.head, head)
+            weight = head._parameters["weight"]
+            self._head = head_home(self._spec.head, weight, self.device)
+            self._house(self._spec.head, head, HostHead, self._head)
+
+    def check(self) -> None:
+        """Raises what `house_layer` and `house_ends` would refuse, before anything moves."""
+        for layer in self.layers:
+            for path, module in self._projections(layer):
+                require_frozen(path, _linear(path, module).weight)
+        self._ends()
+
+    def undo(self) -> None:
+        """Brings every weight back to the device, bit for bit, and gives every module its own class.
+
+        Raises:
+            UnwireError: something changed since (a wiring on top, say); nothing was undone.
+        """
+        changed = [h for h in self._housings if not h.holds]
+        if changed:
+            first = changed[0]
+            raise UnwireError(
+                f"{first.path or 'the model'}: expected the {first.original.__name__} that lives on the host, found "
+                f"{type(first.module).__module__}.{type(first.module).__name__}; undo the later change first, such "
+                "as a wiring: receipt_of(model).undo()"
+            )
+        moved: dict[int, Any] = {}  # tied weights stay tied
+        for housing in reversed(self._housings):
+            module = housing.module
+            weight = module._parameters.get("weight")
+            if weight is not None:
+                if id(weight) not in moved:
+                    moved[id(weight)] = self._to_device(weight)
+                module._parameters["weight"] = moved[id(weight)]
+                if getattr(module, "quant_state", None) is not None:
+                    module.__dict__["quant_state"] = moved[id(weight)].quant_state
+            module.__class__ = housing.original
+            del module.__dict__[HOME]
+        self._housings.clear()
+        self._index.clear()
+        self.drop_head()
+        self._head = None
+        if self._store is not None:
+            self._store.close()
+
+    def __str__(self) -> str:
+        sizes: dict[str, int] = {}
+        for housing in self._housings:
+            weight = housing.module._parameters.get("weight")
+            if weight is not None:
+                kind = "layers" if housing.kind is Streamed else housing.path
+                nbytes = sum(t.nbytes for t in parts(weight))
+                sizes[kind] = sizes.get(kind, 0) + nbytes
+        found = ", ".join(f"{name} {amount(size)}" for name, size in sizes.items())
+        return f"on the host: {found or 'nothing'}"
+
+    def _stream(self) -> StreamedWeights:
+        if self._store is None:
+            raise PlanError(
+                "the plan streams no layer; make one that does, and settle the model by it"
+            )
+        return self._store
+
+    def _house(self, path: str, module: nn.Module, kind: type[Housed], home: object) -> None:
+        self._housings.append(Housing(path, module, type(module), kind))
+        house(module, kind, home)
+
+    def _projections(self, layer: int) -> list[tuple[str, nn.Module]]:
+        spec = self._spec.layer_spec(self._model.config.to_dict(), layer)
+        if not isinstance(spec.attention, Attention) or not isinstance(spec.mlp, Glu):
+            raise UnsupportedError(
+                f"{self._spec.layers}.{layer}: dense layers stream; this one has {type(spec.attention).__name__} and "
+                f"{type(spec.mlp).__name__}. Plan with its weights resident."
+            )
+        found = {**vars(spec.attention), **vars(spec.mlp)}
+        paths = [f"{self._spec.layers}.{layer}.{found[role]}" for role in PROJECTIONS]
+        return [(path, self._model.get_submodule(path)) for path in dict.fromkeys(paths)]
+
+    def _ends(self) -> tuple[Any, Any, bool]:
+        """The embedding, the head, and whether they share a weight; None where the plan moves neither."""
+        spec, plan = self._spec, self.plan
+        if not (plan.embedding_on_host or plan.head_on_host):
+            return None, None, False
+        embedding: Any = self._model.get_submodule(spec.embedding)
+        head: Any = self._model.get_submodule(spec.head)
+        if plan.embedding_on_host:
+            embedding = _base(spec.embedding, embedding)
+            require_frozen(spec.embedding, embedding.weight)
+        if plan.head_on_host:
+            head = _base(spec.head, head)
+            require_frozen(spec.head, head.weight)
+            if not is_linear(head):
+                raise UnsupportedError(
+                    f"{spec.head}: a {type(head).__name__} cannot live on the host; expected nn.Linear. Plan with the "
+                    "head resident."
+                )
+        tied = getattr(head, "weight", None) is getattr(embedding, "weight", head)
+        if tied and plan.embedding_on_host != plan.head_on_host:
+            raise PlanError(
+                f"{spec.embedding} and {spec.head} share one weight; the plan puts only one of them on the host. Plan "
+                "with both there, or neither."
+            )
+        return embedding, head, tied
+
+    def _to_host(self, path: str, module: nn.Module) -> None:
+        weight = module._parameters["weight"]
+        assert weight is not None
+        require_frozen(path, weight)
+        buffer = HostBuffer(weight.nbytes, self.device)
+        host = buffer.view(0, weight.shape, weight.dtype).copy_(weight.detach())
+        module._parameters["weight"] = nn.Parameter(host, requires_grad=False)
+
+    def _to_device(self, weight: Tensor) -> Any:
+        tensors = [t.to(self.device, copy=True) for t in parts(weight)]
+        return over(weight, tensors, lambda table: table.to(self.device))
+
+
+def settle(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    device: torch.device | None = None,
+    family: str | None = None,
+    registry: Registry | None = None,
+) -> Homes:
+    """Moves the weights of a loaded model to the homes that a plan gives them; adapters may be there or come later.
+
+    Before `wire`. What the plan does not put on the host is left where it is.
+
+    Args:
+        model: a ...ForCausalLM, or a PEFT model over one.
+        plan: `embedding_on_host`, `head_on_host` and each layer's `streamed` are read.
+        device: where the model computes; None: where its last norm is.
+        family: which family describes the model, where several plugins claim it.
+        registry: what is installed; None looks.
+
+    Raises:
+        PlanError: the model is settled or wired, a weight that is to move trains, or the plan is for another model.
+        UnsupportedError: a module that cannot live on the host, by its path.
+        BudgetError: the host cannot lock that much memory.
+    """
+    root: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    spec = (discover() if registry is None else registry).match(
+        root.config.to_dict(), family=family
+    )
+    homes = prepare(root, plan, spec, device or _device(root, spec))
+    try:
+        homes.check()
+        for layer in homes.layers:
+            homes.house_layer(layer)
+        homes.house_ends()
+    except BaseException:
+        homes.undo()
+        raise
+    return homes
+
+
+def prepare(root: Any, plan: Plan, spec: FamilySpec, device: torch.device) -> Homes:
+    """The homes of a model none of whose weights has moved yet; they may still be to be read."""
+    if HOME in root.__dict__:
+        raise PlanError(
+            "this model's weights have their homes; undo them first: homes_of(model).undo()"
+        )
+    if "_hotloop" in root.__dict__:
+        raise PlanError(
+            "this model is wired; settle its weights before that, or undo the wiring: receipt_of(model).undo()"
+        )
+    count = len(root.get_submodule(spec.layers))
+    if len(plan.layers) != count:
+        raise PlanError(
+            f"the plan is for {len(plan.layers)} layers, the model has {count}; make one for this model: "
+            "hotloop.plan(model, tokens=...)"
+        )
+    return Homes(root, plan, spec, device)
+
+
+def homes_of(model: Any) -> Homes | None:
+    """The homes of a model (or of the model under PEFT); None where all its weights are where torch keeps them."""
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return root.__dict__.get(HOME)
+
+
+def _device(root: Any, spec: FamilySpec) -> torch.device:
+    return next(root.get_submodule(spec.final_norm).parameters()).device
+
+
+def _base(path: str, module: nn.Module) -> Any:
+    """The module that holds the weight, under LoRA."""
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    if isinstance(module, LoraLayer):
+        return module.get_base_layer()  # type: ignore[attr-defined]
+    if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        raise UnsupportedError(
+            f"{path}: a {type(module).__name__} trains it, or may; only frozen weights, with LoRA or without, live on "
+            "the host. Plan with it resident."
+        )
+    return module
+
+
+def _linear(path: str, module: nn.Module) -> Any:
+    leaf = _base(path, module)
+    quantised = getattr(leaf._parameters.get("weight"), "quant_state", None) is not None
+    if quantised or is_linear(leaf):
+        return leaf
+    raise UnsupportedError(
+        f"{path}: a {type(leaf).__module__}.{type(leaf).__name__} does not stream; nn.Linear and bitsandbytes' "
+        "quantised Linear4bit do. Plan with its weights resident."
+    )
+
+
+def _put(leaf: Any, tensors: Sequence[Tensor]) -> None:
+    """Gives a projection its weight over other memory, and lets go of the old."""
+    weight = over(leaf._parameters["weight"], tensors, lambda table: table.to("cpu"))
+    leaf._parameters["weight"] = weight
+    if getattr(leaf, "quant_state", None) is not None:
+        leaf.__dict__["quant_state"] = weight.quant_state

@@ -1,0 +1,106 @@
+"""Weights that live on the host: the wired model trains with the bits of a resident one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hotloop.homes import homes_of, settle
+from hotloop.wiring import receipt_of, wire
+from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, LayerPlan, Placement, Plan
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LAYERS = 4
+OFFLOAD_X = LayerPlan(placements={**RECOMPUTE_ALL.placements, "x": Placement.OFFLOAD})
+AGAIN_X = LayerPlan(placements={**RECOMPUTE_ALL.placements, "x": Placement.RECOMPUTE})
+PLANS = {
+    "keep": [KEEP_ALL] * LAYERS,
+    "recompute": [RECOMPUTE_ALL] * LAYERS,
+    "offload": [OFFLOAD_X] * LAYERS,
+    "inputs from below": [OFFLOAD_X, AGAIN_X, AGAIN_X, AGAIN_X],
+}
+
+
+def tiny(tied=False):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=101,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+    )
+    model = LlamaForCausalLM(config)
+    return model.requires_grad_(False)
+
+
+def with_lora(model):
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def train(model):
+    ids = torch.randint(0, 101, (2, 17), generator=torch.Generator().manual_seed(3))
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def plan_of(layers, streamed, **changes):
+    parts = [replace(layer, streamed=i in streamed) for i, layer in enumerate(layers)]
+    return Plan(layers=tuple(parts), tokens=34, longest=17, **changes)
+
+
+@pytest.mark.parametrize("layers", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("streamed", [range(LAYERS), {1, 2}], ids=["all", "some"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_streamed_weights_give_the_bits_of_resident_ones(layers, streamed, tied):
+    resident = with_lora(tiny(tied))
+    wire(resident, plan_of(layers, ()))
+    expected = train(resident)
+    model = tiny(tied)
+    plan = plan_of(layers, streamed, embedding_on_host=True, head_on_host=True)
+    homes = settle(model, plan)
+    wire(model, plan)
+    model = with_lora(model)
+    for _ in range(2):
+        found = train(model)
+        assert found.keys() == expected.keys()
+        assert [n for n in found if not torch.equal(found[n], expected[n])] == []
+    generated = model.generate(torch.arange(5)[None], max_new_tokens=5, do_sample=False)
+    assert torch.equal(
+        generated, resident.generate(torch.arange(5)[None], max_new_tokens=5, do_sample=False)
+    )
+    receipt_of(model).undo()
+    homes.undo()
+    assert homes_of(model) is None
+
+
+def test_a_pass_fetches_each_streamed_layer_once_and_turns_round_without_a_reload():
+    model = tiny()
+    plan = plan_of(PLANS["recompute"], range(LAYERS))
+    homes = settle(model, plan)
+    wire(model, plan)
+    model = with_lora(model)
+    train(model)
+    before = homes._store.statistics()
+    train(model)
+    after = homes._store.statistics()
+    # Two slots: forward brings four layers (two may still be there), backward the two that gave way.
+    assert after.loads - before.loads <= 2 * LAYERS - 2
+    assert after.stalls - before.stalls <= 1
+
+
+def test_wiring_before_settling_is_refused():
+    model = tiny()
+    wire(model)
+    with pytest.raises(Exception, match="settle its weights before"):
+        settle(model, plan_of(PLANS["keep"], range(LAYERS)))
