@@ -60,7 +60,7 @@ def tiny(family, **changes):
         "max_position_embeddings": 128,
         "pad_token_id": 0,
     }
-    config = AutoConfig.for_model(family, **sizes, **FAMILIES[family], **changes)
+    config = AutoConfig.for_model(family, **{**sizes, **FAMILIES[family], **changes})
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -195,3 +195,35 @@ def test_evaluation_puts_nothing_into_the_store():
     with torch.no_grad():
         model(input_ids=torch.arange(20).view(1, 20))
     assert receipt_of(model).store.statistics().tensors == before
+
+
+@pytest.mark.parametrize("placement", [KEEP, OFFLOAD])
+def test_nf4_keys_and_values_leave_the_loss_and_change_gradients_a_little(placement):
+    model = with_lora(tiny("llama", hidden_size=64, num_key_value_heads=4))
+    receipt = wire(model, plan_of([KEEP_ALL] * LAYERS))
+    exact = gradients(model)
+    lossy = LayerPlan(placements={"qkv": placement}, nf4_kv=True)
+    receipt.replan(plan_of([lossy] * LAYERS))
+    found = gradients(model)
+    assert torch.equal(found["loss"], exact["loss"])
+    errors = {
+        n: ((found[n] - exact[n]).norm() / exact[n].norm()).item() for n in exact if n != "loss"
+    }
+    assert 1e-4 < max(errors.values()) < 0.3
+    assert not any(error for name, error in errors.items() if ".3.mlp." in name)
+
+
+def test_nf4_rounds_to_the_nearest_value_of_its_table():
+    from hotloop_engine.blocks.lossy import NF4, pack, unpack
+
+    torch.manual_seed(0)
+    qkv = torch.randn(70, 16 + 128 + 5)
+    qkv[3, 16:80] = 0.0
+    back = unpack(pack(qkv, 16, 128), torch.full_like(qkv, float("nan")))
+    assert torch.equal(back[:, :16], qkv[:, :16])
+    blocks = qkv[:, 16:144].reshape(-1, 64)
+    scale = blocks.abs().amax(-1, keepdim=True)
+    values = torch.tensor(NF4)[None, None] * scale[..., None]
+    nearest = (blocks[..., None] - values).abs().amin(-1)
+    distance = (back[:, 16:144].reshape(-1, 64) - blocks).abs()
+    torch.testing.assert_close(distance, nearest, rtol=0, atol=1e-6)

@@ -33,6 +33,7 @@ from .context import (
     join,
     seeds_of,
 )
+from .lossy import pack, unpack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,7 @@ class AttentionBlock:
         after: NormView | None = None,
         backend: str | None = None,
         deterministic: bool = False,
+        nf4_kv: bool = False,
     ) -> None:
         self.context, self.shape = context, shape
         self.qkv, self.o = qkv, o
@@ -82,6 +84,7 @@ class AttentionBlock:
         self.cos, self.sin = cos_PR.to(context.dtype), sin_PR.to(context.dtype)
         self.sequences = sequences
         self.backend, self.deterministic = backend, deterministic
+        self.nf4_kv = nf4_kv
         self.rope = context.op("rope")
 
     def tensors(self) -> list[Tensor]:
@@ -93,7 +96,11 @@ class AttentionBlock:
         """Returns the residual stream behind attention; fills `saved`."""
         saved["_seeds_qkv"], saved["_seeds_o"] = draw_seeds(self.qkv), draw_seeds(self.o)
         self._project(x_TD, saved)
-        return self._finish(self._attend(saved), x_TD, saved)
+        o_TN = self._attend(saved)
+        if self.nf4_kv:
+            widths = self._widths()
+            saved["qkv"] = pack(saved["qkv"], widths[0], widths[1] + widths[2])
+        return self._finish(o_TN, x_TD, saved)
 
     def restore_output(self, x_TD: Tensor, saved: Saved) -> Tensor:
         """The residual stream behind attention again, recomputing what is missing on the way."""
@@ -164,6 +171,8 @@ class AttentionBlock:
         """o again, recomputing what is missing."""
         if "qkv" not in saved:
             self._project(x_TD, saved, keep_weights=True)
+        elif self.nf4_kv and isinstance(saved["qkv"], tuple):
+            saved["qkv"] = unpack(saved["qkv"], self.qkv.wide(x_TD.shape[0], backward=True))
         if "attention" not in saved:
             return self._attend(saved)
         o_THK, _ = saved["attention"]
@@ -300,11 +309,15 @@ class AttentionBlock:
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views [T, heads, K] of q, k and v inside the wide buffer."""
-        shape = self.shape
-        counts = (shape.heads, shape.kv_heads, shape.kv_heads)
-        parts = torch.split(qkv[:, : self.qkv.n], [c * shape.head_dim for c in counts], dim=1)
-        q, k, v = (p.unflatten(1, (c, shape.head_dim)) for p, c in zip(parts, counts, strict=True))
+        size = self.shape.head_dim
+        parts = torch.split(qkv[:, : self.qkv.n], self._widths(), dim=1)
+        q, k, v = (part.unflatten(1, (-1, size)) for part in parts)
         return q, k, v
+
+    def _widths(self) -> list[int]:
+        """Columns of q, k and v."""
+        shape = self.shape
+        return [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
 
     def _backend(self, q: Tensor, k: Tensor):
         asked = request(

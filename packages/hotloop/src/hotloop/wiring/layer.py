@@ -271,6 +271,7 @@ def build_blocks(
             after=norm("after_attention"),
             backend=shared.backend,
             deterministic=shared.deterministic,
+            nf4_kv=shared.plan.layers[state.index].nf4_kv,
         ),
         MlpBlock(
             context,
