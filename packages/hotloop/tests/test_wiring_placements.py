@@ -206,10 +206,9 @@ def test_nf4_keys_and_values_leave_the_loss_and_change_gradients_a_little(placem
     receipt.replan(plan_of([lossy] * LAYERS))
     found = gradients(model)
     assert torch.equal(found["loss"], exact["loss"])
-    errors = {
-        n: ((found[n] - exact[n]).norm() / exact[n].norm()).item() for n in exact if n != "loss"
-    }
-    assert 1e-4 < max(errors.values()) < 0.3
+    errors = {n: (found[n] - exact[n]).norm().item() for n in exact if n != "loss"}
+    total = torch.cat([exact[n].flatten() for n in errors]).norm().item()
+    assert 1e-3 * total < max(errors.values()) < 0.1 * total
     assert not any(error for name, error in errors.items() if ".3.mlp." in name)
 
 

@@ -224,6 +224,10 @@ class AttentionBlock:
         """The gradient of the projections' outputs, in the group's wide layout."""
         qkv, (o_THK, lse) = saved.pop("qkv"), saved.pop("attention")
         q, k, v = self._rotated(qkv)
+        if self.nf4_kv:
+            # Probabilities and outputs of the rounded keys and values: against the exact ones rows of probabilities
+            # would not sum to one, and the gradients of q and k, which are differences, would be mostly that error.
+            o_THK, lse = self._backend(q, k).forward(q, k, v, self.sequences, **self._options())
         dq, dk, dv = self._backend(q, k).backward(
             do_TN.view(o_THK.shape), q, k, v, o_THK, lse, self.sequences, **self._options()
         )
