@@ -2,13 +2,18 @@
 
 Variants are timed in turn, round by round, on the same clocks, with inputs rotated so that none of
 them still lies in the L2 cache. A script checks each op against truth before it times anything.
+
+Every script takes `--smoke`: tiny shapes on whatever device there is, which shows that it runs to its end. The times of
+such a run mean nothing, and its rows say `"smoke": true`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
+import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -23,6 +28,26 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+SMOKE = "--smoke" in sys.argv
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """A parser that knows `--smoke`."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes, any device: does the script run?"
+    )
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What was asked for; refuses to time anything on a CPU."""
+    options = parser.parse_args()
+    if DEVICE.type == "cpu" and not options.smoke:
+        parser.error("found no CUDA device to time; --smoke only shows that the script runs.")
+    return options
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -35,6 +60,8 @@ class Timing:
 
 def rotation(make: Callable[[], Item], bytes_each: int) -> list[Item]:
     """As many sets of inputs as fill the L2 cache four times over, so that each meets it cold."""
+    if DEVICE.type == "cpu":
+        return [make()]
     cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
     return [make() for _ in range(-(-4 * cache_bytes // max(1, bytes_each)))]
 
@@ -48,6 +75,13 @@ def time_in_turn(
     The device sleeps while a round is queued, so that launching costs nothing that is measured; how
     long is learned from the last warm-up round.
     """
+    if DEVICE.type == "cpu":
+        return {
+            name: _percentiles([_host_ms(work, n) for n in (0, 1)])
+            for name, work in variants.items()
+        }
+    if SMOKE:
+        warmup, repeats = 1, 2
     for number in range(warmup):
         torch.cuda.synchronize()
         begin = perf_counter()
@@ -69,6 +103,12 @@ def time_in_turn(
     return {name: _percentiles([s.elapsed_time(e) for s, e in m]) for name, m in marks.items()}
 
 
+def _host_ms(work: Callable[[int], object], number: int) -> float:
+    begin = perf_counter()
+    work(number)
+    return 1e3 * (perf_counter() - begin)
+
+
 def _percentiles(times_ms: Sequence[float]) -> Timing:
     quintiles = statistics.quantiles(times_ms, n=5, method="inclusive")
     return Timing(quintiles[0], statistics.median(times_ms), quintiles[3])
@@ -87,7 +127,10 @@ def host_us(work: Callable[[], object], *, repeats: int = 200) -> float:
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """Device bytes that one call allocates at its peak, beyond what is allocated before it."""
+    """Device bytes that one call allocates at its peak, beyond what is allocated before it; 0 on a CPU."""
+    if DEVICE.type == "cpu":
+        work()
+        return 0
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -99,10 +142,19 @@ def peak_bytes(work: Callable[[], object]) -> int:
 @cache
 def copy_gb_s(gib: float = 1.0) -> float:
     """GB/s (1e9 bytes, read plus written) at which this card copies a large bf16 tensor."""
-    source = torch.randn(int(gib * 2**29), device="cuda", dtype=torch.bfloat16)
+    source = torch.randn(int(2**10 if SMOKE else gib * 2**29), device=DEVICE, dtype=torch.bfloat16)
     target = torch.empty_like(source)
     timing = time_in_turn({"copy": lambda _: target.copy_(source)})["copy"]
     return 2 * source.nbytes / timing.p50_ms / 1e6
+
+
+@cache
+def gemm_tflop_s(size: int = 8192) -> float:
+    """TFLOP/s of a square bf16 product on this card, in this run; the median, so with clocks warm."""
+    size = 64 if SMOKE else size
+    a, b = (torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    timing = time_in_turn({"gemm": lambda _: a @ b})["gemm"]
+    return 2 * size**3 / timing.p50_ms / 1e9
 
 
 @cache
@@ -112,7 +164,7 @@ def environment() -> dict[str, str]:
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -156,4 +208,5 @@ def write_row(
         }
     if flops is not None:
         row["tflop_s"] = round(flops / timing.p50_ms / 1e9, 1)
-    print(json.dumps(row | dict(extra or {}) | environment()), flush=True)
+    mark = {"smoke": True} if SMOKE else {}
+    print(json.dumps(row | dict(extra or {}) | environment() | mark), flush=True)

@@ -1,14 +1,16 @@
 """TFLOP/s of every attention backend of this card, checked against truth before it is timed.
 
-    python benchmarks/op_attention.py            the shapes of Llama-3-8B, 8 x 2048 to 1 x 32768
+    python benchmarks/op_attention.py            the shapes of Llama-3-8B and Mistral-7B's window
     python benchmarks/op_attention.py --gemma2   soft cap and windows, heads of 256
 
-Each backend runs forward and backward, the backward also under its deterministic switch.
+Each backend runs forward and backward, the backward also under its deterministic switch. Beside
+them FlexAttention, compiled, on dense batches, where a window or a soft cap leaves few to choose from.
 """
 
 from __future__ import annotations
 
-import argparse
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -19,14 +21,14 @@ from hotloop_engine.attention.backends import BACKENDS
 from hotloop_engine.attention.backends.triton import Triton
 from hotloop_engine.attention.reference import Reference
 from hotloop_testkit.numerics import relative_error
-from measure import peak_bytes, time_in_turn, write_row
+from measure import DEVICE, SMOKE, arguments, parsed, peak_bytes, time_in_turn, write_row
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
+    from hotloop_engine.attention import Backend
     from torch import Tensor
 
-CUDA = torch.device("cuda", 0)
 NO_WORSE_THAN = 8e-3  # relative error in bf16; eager's is between 3e-3 and 8e-3
 
 
@@ -58,6 +60,12 @@ LLAMA = [
     Shape("8x2048", (2048,) * 8),
     Shape("ragged16k", RAGGED),
     Shape("1x32768", (32768,)),
+    Shape("2x8192w4096", (8192,) * 2, window=4096),
+]
+TINY = [
+    Shape("tiny", (32,) * 2, heads=4, kv_heads=2, head_size=16),
+    Shape("tiny ragged", (7, 20, 1), heads=4, kv_heads=2, head_size=16, window=5),
+    Shape("tiny capped", (32,) * 2, heads=4, kv_heads=2, head_size=16, softcap=5.0, window=9),
 ]
 GEMMA2 = [
     Shape("8x2048", (2048,) * 8, heads=16, head_size=256, softcap=50.0),
@@ -70,24 +78,76 @@ def tensors(shape: Shape, dtype: torch.dtype) -> list[Tensor]:
     """Returns q, k, v as columns of one buffer, as the attention block has them, and do."""
     tokens, k = sum(shape.lengths), shape.head_size
     columns = [shape.heads * k, shape.kv_heads * k, shape.kv_heads * k]
-    wide = torch.randn(tokens, sum(columns), device=CUDA, dtype=dtype)
+    wide = torch.randn(tokens, sum(columns), device=DEVICE, dtype=dtype)
     parts = [part.unflatten(1, (-1, k)) for part in wide.split(columns, dim=1)]
-    return [*parts, torch.randn(tokens, shape.heads, k, device=CUDA, dtype=dtype)]
+    return [*parts, torch.randn(tokens, shape.heads, k, device=DEVICE, dtype=dtype)]
 
 
 def gate(shape: Shape, name: str, found: list[Tensor], truth: list[Tensor]) -> None:
     """Raises where a result is further from truth than 16-bit rounding explains."""
     errors = [relative_error(x, exact) for x, exact in zip(found, truth, strict=True)]
     if not max(errors) <= NO_WORSE_THAN:
-        raise SystemExit(f"{name} on {shape.name} is wrong: errors of o, dq, dk, dv are {errors}")
+        raise AssertionError(f"wrong: relative errors of o, dq, dk, dv are {errors}")
 
 
 def main() -> None:
     """Checks, times and prints one JSON line for each backend, pass and shape."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--gemma2", action="store_true")
-    for shape in GEMMA2 if parser.parse_args().gemma2 else LLAMA:
-        measure(shape, torch.bfloat16)
+    options = parsed(parser)
+    for shape in TINY if SMOKE else GEMMA2 if options.gemma2 else LLAMA:
+        # Triton's interpreter multiplies bf16 wrongly, and runs on a CPU only.
+        measure(shape, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
+    sys.exit("\n".join(failures) or None)
+
+
+class Flex:
+    """torch's FlexAttention on a dense batch: a mask of blocks, compiled, gradients by autograd."""
+
+    def __init__(self, shape: Shape, sequences: Sequences, scale: float) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        self.batch, self.length = sequences.count, sequences.longest
+        window, cap = shape.window or self.length, shape.softcap
+
+        def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (j <= i) & (i - j < window)
+
+        def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return cap * torch.tanh(score / cap)
+
+        mask = create_block_mask(visible, None, None, self.length, self.length, device=DEVICE)
+        run = flex_attention if SMOKE else torch.compile(flex_attention, dynamic=False)
+        self.run = lambda q, k, v: run(
+            q, k, v,
+            score_mod=None if cap is None else capped, block_mask=mask, scale=scale, enable_gqa=True,
+        )  # fmt: skip
+
+    def dense(self, x_THK: Tensor) -> Tensor:
+        """[B, H, S, K], contiguous, which is what it is fastest on."""
+        return x_THK.unflatten(0, (self.batch, self.length)).transpose(1, 2).contiguous()
+
+    def flat(self, x_BHSK: Tensor) -> Tensor:
+        """[T, H, K] again."""
+        return x_BHSK.transpose(1, 2).flatten(0, 1)
+
+
+def add_flex(
+    shape: Shape, sequences: Sequences, options: dict, inputs: list[Tensor], truth: list[Tensor]
+) -> tuple[Callable[[int], object], Callable[[int], object]] | None:
+    """Its forward and backward, checked; None on ragged batches (a mask each) and CPUs (no backward)."""
+    if sequences.dense_shape is None or DEVICE.type == "cpu":
+        return None
+    flex = Flex(shape, sequences, options["scale"])
+    q, k, v, do = (flex.dense(x) for x in inputs)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    o = flex.run(*leaves)
+
+    def back(_: int) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(o, leaves, do, retain_graph=True)
+
+    gate(shape, "flex", [flex.flat(x) for x in (o, *back(0))], truth)
+    return (lambda _: flex.run(*leaves)), back
 
 
 def exact(inputs: tuple[Tensor, ...], sequences: Sequences, options: dict) -> list[Tensor]:
@@ -102,10 +162,44 @@ def exact(inputs: tuple[Tensor, ...], sequences: Sequences, options: dict) -> li
     return [o, *judge.backward(do, q, k, v, o, lse, sequences, **options)]
 
 
+failures: list[str] = []
+
+
+@contextmanager
+def reported(shape: Shape, name: str) -> Iterator[None]:
+    """Leaves out of this shape what fails or is wrong, so that one of them does not cost the rows of the others."""
+    try:
+        yield
+    except Exception as error:
+        failures.append(f"{name} on {shape.name}: {type(error).__name__}: {error}")
+        print("# " + failures[-1].replace("\n", " ")[:400], flush=True)
+
+
+def passes(
+    backend: Backend,
+    inputs: list[Tensor],
+    sequences: Sequences,
+    options: dict,
+    deterministic: bool,
+) -> tuple[Callable[[int], tuple[Tensor, Tensor]], Callable[[int], tuple[Tensor, ...]]]:
+    """A backend's forward and, of one output of it, its backward."""
+    q, k, v, do = inputs
+    chosen = {**options, "deterministic": deterministic}
+    o, lse = backend.forward(q, k, v, sequences, **chosen)
+
+    def ahead(_: int) -> tuple[Tensor, Tensor]:
+        return backend.forward(q, k, v, sequences, **chosen)
+
+    def back(_: int) -> tuple[Tensor, ...]:
+        return backend.backward(do, q, k, v, o, lse, sequences, **chosen)
+
+    return ahead, back
+
+
 def measure(shape: Shape, dtype: torch.dtype) -> None:
     """All that can run this shape, in turn."""
     q, k, v, do = tensors(shape, dtype)
-    offsets = torch.tensor([0, *accumulate(shape.lengths)], device=CUDA)
+    offsets = torch.tensor([0, *accumulate(shape.lengths)], device=DEVICE)
     sequences = Sequences.from_cu_seqlens(offsets, tokens=sum(shape.lengths))
     options = {
         "scale": shape.head_size**-0.5,
@@ -124,23 +218,20 @@ def measure(shape: Shape, dtype: torch.dtype) -> None:
                 window=shape.window, softcap=shape.softcap, deterministic=deterministic,
             )  # fmt: skip
             name = backend.name + (" deterministic" if deterministic else "")
-            if reason := backend.refusal(asked, CUDA):
+            if reason := backend.refusal(asked, DEVICE):
                 print(f"# {shape.name} {name}: {reason}", flush=True)
                 continue
-            chosen = {**options, "deterministic": deterministic}
-            o, lse = backend.forward(q, k, v, sequences, **chosen)
-
-            def ahead(_: int, backend=backend, chosen=chosen) -> object:
-                return backend.forward(q, k, v, sequences, **chosen)
-
-            def back(_: int, backend=backend, chosen=chosen, o=o, lse=lse) -> object:
-                return backend.backward(do, q, k, v, o, lse, sequences, **chosen)
-
-            found = [o, *back(0)]
-            gate(shape, name, found, truth)
-            if not deterministic:
-                forward[name] = ahead
-            backward[name] = back
+            with reported(shape, name):
+                ahead, back = passes(backend, [q, k, v, do], sequences, options, deterministic)
+                gate(shape, name, [ahead(0)[0], *back(0)], truth)
+                if not deterministic:
+                    forward[name] = ahead
+                backward[name] = back
+    if shape.window or shape.softcap:
+        with reported(shape, "flex"):
+            flex = add_flex(shape, sequences, options, [q, k, v, do], truth)
+            if flex is not None:
+                forward["flex"], backward["flex"] = flex
     sizes = {
         "tokens": sequences.tokens,
         "sequences": sequences.count,

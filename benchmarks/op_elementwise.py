@@ -4,6 +4,7 @@
     python benchmarks/op_elementwise.py --models llama --no-compile
 
 Each op is checked against fp64 truth before it is timed; nothing is timed that is worse than eager.
+torch.compile runs on the first model named.
 Hotloop's rows time what a block calls: forward and backward of the implementation, in place where a
 block works in place. The others run through autograd, which is all they offer; launch overhead is
 hidden for all alike.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -27,13 +28,12 @@ from hotloop_engine.ops.glu import glu
 from hotloop_engine.ops.rms_norm import rms_norm
 from hotloop_engine.ops.rope import rope
 from hotloop_testkit.numerics import assert_no_worse_than
-from measure import rotation, time_in_turn, write_row
+from measure import DEVICE, SMOKE, arguments, parsed, rotation, time_in_turn, write_row
 from torch import Tensor
 
-CUDA = torch.device("cuda", 0)
 DTYPE = torch.bfloat16
 EPS = 1e-6
-CHECKED_TOKENS = 1000
+CHECKED_TOKENS = 8 if SMOKE else 1000
 
 Outputs = tuple[Tensor, ...]
 Op = Callable[..., Outputs]
@@ -57,6 +57,7 @@ MODELS = {
     "qwen": Model(D=3584, I=18944, H=28, G=4, K=128),
     "gemma": Model(D=3584, I=14336, H=16, G=8, K=256, activation="gelu_tanh", offset=1.0),
 }
+TINY = {name: replace(m, D=64, I=96, H=4, G=2, K=16) for name, m in MODELS.items()}
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Case:
 
 def random(*size: int) -> Tensor:
     """Normal bf16 numbers on the device."""
-    return torch.randn(*size, device=CUDA, dtype=DTYPE)
+    return torch.randn(*size, device=DEVICE, dtype=DTYPE)
 
 
 def eager_norm(x: Tensor, w: Tensor, *, offset: float) -> Outputs:
@@ -119,7 +120,7 @@ def check(ours: Op, eager: Op, inputs: Sequence[Tensor], constants: Sequence[Ten
         leaves = [t.detach().to(dtype).requires_grad_() for t in inputs]
         outs = op(*leaves, *(t.to(dtype) for t in constants))
         torch.manual_seed(0)
-        grads = [torch.randn(o.shape, device=CUDA, dtype=DTYPE).to(dtype) for o in outs]
+        grads = [torch.randn(o.shape, device=DEVICE, dtype=DTYPE).to(dtype) for o in outs]
         found = (*outs, *torch.autograd.grad(outs, leaves, grads))
         return {str(i): t for i, t in enumerate(found)}
 
@@ -153,9 +154,9 @@ def _grad(outs: Outputs, wrt: list[Tensor], grads: list[Tensor], _: int) -> Outp
 def rivals(eager: Op, liger: Op, options: argparse.Namespace) -> dict[str, Op]:
     """Eager and, where they can run, torch.compile and Liger."""
     found = {"eager": eager}
-    if options.compile:
+    if options.compile and not SMOKE:
         found["compile"] = torch.compile(eager, dynamic=False)
-    if find_spec("liger_kernel"):
+    if DEVICE.type == "cuda" and find_spec("liger_kernel"):
         found["liger"] = liger
     return found
 
@@ -184,7 +185,7 @@ def norm_cases(model: Model, T: int, options: argparse.Namespace) -> Iterator[Ca
         added,
         small,
     )
-    op = implementation("rms_norm", CUDA)
+    op = implementation("rms_norm", DEVICE)
     row = T * D * DTYPE.itemsize
     sets = rotation(lambda: (random(T, D), random(T, D), random(D)), 3 * row)
     x, r, w = sets[0]
@@ -216,8 +217,8 @@ def rope_cases(model: Model, T: int, options: argparse.Namespace) -> Iterator[Ca
     """The rotation of q and k, and the same after an RMSNorm over each head."""
     H, G, K = model.H, model.G, model.K
     shape: dict[str, int | str] = {"T": T, "H": H, "G": G, "K": K}
-    angles = torch.arange(T, device=CUDA)[:, None] * 1e4 ** (
-        -torch.arange(0, K, 2, device=CUDA) / K
+    angles = torch.arange(T, device=DEVICE)[:, None] * 1e4 ** (
+        -torch.arange(0, K, 2, device=DEVICE) / K
     )
     cos, sin = (f(angles).repeat(1, 2).to(DTYPE) for f in (torch.cos, torch.sin))
 
@@ -243,7 +244,7 @@ def rope_cases(model: Model, T: int, options: argparse.Namespace) -> Iterator[Ca
 
     check(ours, eager_normed_rope, (*make(CHECKED_TOKENS), w, random(K)), few)
 
-    op = implementation("rope", CUDA)
+    op = implementation("rope", DEVICE)
     heads, tables = T * (H + G) * K * DTYPE.itemsize, 2 * T * K * DTYPE.itemsize
     sets = rotation(lambda: (*make(T), cos, sin), heads)
     norms = {"q_norm": norm, "k_norm": norm}
@@ -295,7 +296,7 @@ def glu_cases(model: Model, T: int, options: argparse.Namespace) -> Iterator[Cas
     gate, up = make()
     few = (gate[:CHECKED_TOKENS], up[:CHECKED_TOKENS])
     check(lambda gate, up: (glu(gate, up, activation=activation),), eager, few)
-    op = implementation("glu", CUDA)
+    op = implementation("glu", DEVICE)
     h, dh = random(T, width), random(T, width)
     tensor = T * width * DTYPE.itemsize
     others = rivals(eager, liger_glu, options)
@@ -319,16 +320,17 @@ def glu_cases(model: Model, T: int, options: argparse.Namespace) -> Iterator[Cas
 
 def main() -> None:
     """Checks, times and prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    options = parser.parse_args()
+    options = parsed(parser)
+    models, tokens = (TINY, 16) if SMOKE else (MODELS, options.tokens)
     torch._functorch.config.donated_buffer = False  # the timed backwards retain their graph
     for name in options.models:
         torch._dynamo.reset()  # its cache is per function, and would fill up over three models
         for cases in (norm_cases, rope_cases, glu_cases):
-            for case in cases(MODELS[name], options.tokens, options):
+            for case in cases(models[name], tokens, options):
                 for variant, timing in time_in_turn(case.variants).items():
                     write_row(
                         op=case.op,
@@ -339,7 +341,9 @@ def main() -> None:
                         timing=timing,
                         bytes_moved=case.bytes_moved,
                     )
-            torch.cuda.empty_cache()
+            if DEVICE.type == "cuda":
+                torch.cuda.empty_cache()
+        options.compile = False  # half a minute a model, and it says the same of each
 
 
 if __name__ == "__main__":

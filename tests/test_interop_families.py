@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from hotloop.exporting import export
+from hotloop.exporting.check import LlamaCpp
 from hotloop_testkit.numerics import relative_error
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -26,9 +25,8 @@ from transformers import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="needs the interop group: llama-cpp-python")
+pytest.importorskip("llama_cpp", reason="needs the interop group: llama-cpp-python")
 
-F32 = 0
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 SIZES = {
     "vocab_size": len(BYTES) + 3,
@@ -80,17 +78,8 @@ def hf_logits(model: Any) -> torch.Tensor:
 
 
 def llama_cpp_logits(path: Path) -> torch.Tensor:
-    # llama.cpp's repacked weights (AMX) crash under some virtual machines, and are not our concern.
-    native = llama_cpp.llama_cpp
-    plain = native.llama_model_default_params()
-    plain.use_extra_bufts = False
-    with mock.patch.object(native, "llama_model_default_params", return_value=plain):
-        llama = llama_cpp.Llama(
-            str(path), n_ctx=64, n_batch=64, n_threads=1, n_threads_batch=1,
-            logits_all=True, verbose=False, type_k=F32, type_v=F32, flash_attn=False,
-        )  # fmt: skip
-    llama.eval(PROMPT)
-    return torch.from_numpy(np.array(llama.scores[: len(PROMPT)]))
+    with LlamaCpp(path) as llama:
+        return llama.logits(PROMPT)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,11 @@ Install = Callable[..., Path]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 DOCS = Path(__file__).parents[1] / "docs"
 RELEASED = ("hotloop-llama", "hotloop-safetensors")
-PAGES = {"hotloop-granite": "write-a-family.md", "hotloop-npy": "write-an-exporter.md"}
+PAGES = {
+    "hotloop-ernie": "write-a-family.md",
+    "hotloop-npy": "write-an-exporter.md",
+    "hotloop-aten": "write-an-op.md",
+}
 
 TRAIN_AND_EXPORT = """
 import sys
@@ -23,16 +28,16 @@ import numpy, torch
 import hotloop
 from hotloop.wiring import receipt_of
 from hotloop_testkit.tiny import tokenizer
-from transformers import GraniteConfig, GraniteForCausalLM
+from transformers import Ernie4_5Config, Ernie4_5ForCausalLM
 
 torch.manual_seed(0)
-config = GraniteConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                       num_key_value_heads=2, vocab_size=320, max_position_embeddings=256)
-GraniteForCausalLM(config).save_pretrained("tiny")
+config = Ernie4_5Config(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=32,
+                        num_key_value_heads=2, vocab_size=320, max_position_embeddings=256, use_bias=True)
+Ernie4_5ForCausalLM(config).save_pretrained("tiny")
 tokenizer(320).save_pretrained("tiny")
 model, words = hotloop.load("tiny", bits=16, max_seq_len=64)
 model = hotloop.add_lora(model, r=4)
-assert receipt_of(model).family.name == "granite"
+assert receipt_of(model).family.name == "ernie4_5"
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 ids = torch.randint(320, (2, 32))
 losses = []
@@ -83,3 +88,74 @@ def test_their_conformance_tests_pass(name: str, python: Path, projects: Path, r
 def test_a_model_of_their_family_trains_and_their_format_holds_it(python: Path, run: Run) -> None:
     done = run(python, "-c", TRAIN_AND_EXPORT)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+TRAIN_WITH_THEIR_OP = """
+import sys
+import torch
+import hotloop
+from hotloop_core.errors import NoImplementationError
+from transformers import LlamaConfig, LlamaForCausalLM
+
+torch.manual_seed(0)
+config = LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=320)
+model = LlamaForCausalLM(config)
+ids = torch.randint(320, (2, 32))
+model(input_ids=ids, labels=ids).loss.backward()
+expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+model.zero_grad()
+receipt = hotloop.wire(model, ops={"glu": "aten"})
+assert "hotloop_aten.glu" not in sys.modules
+model(input_ids=ids, labels=ids).loss.backward()
+assert "hotloop_aten.glu" in sys.modules
+for name, p in model.named_parameters():
+    torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+receipt.undo()
+try:
+    hotloop.wire(model, ops={"glu": "eten"})
+    model(input_ids=ids, labels=ids)
+except NoImplementationError as error:
+    assert "aten (on cpu, cuda)" in str(error)
+else:
+    raise AssertionError("a name that nobody offers was taken")
+"""
+
+
+def test_a_model_trains_with_their_op(python: Path, run: Run) -> None:
+    done = run(python, "-c", TRAIN_WITH_THEIR_OP)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+OLD_SPEC = """
+import dataclasses
+from hotloop_core import API, hookimpl
+from hotloop_ernie import ERNIE
+
+@hookimpl
+def hotloop_families():
+    return [dataclasses.replace(ERNIE, api=API + {offset}, name="other", model_types=frozenset({{"other"}}))]
+"""
+
+
+@pytest.mark.parametrize("offset, upgrade", [(1, "hotloop-core"), (-2, "hotloop-other")])
+def test_a_plugin_of_another_version_is_listed_with_the_upgrade_and_disturbs_nothing(
+    offset: int, upgrade: str, python: Path, run: Run
+) -> None:
+    (site,) = python.parents[1].glob("lib/python*/site-packages")
+    module, metadata = site / "hotloop_other.py", site / "hotloop_other-0.1.0.dist-info"
+    module.write_text(OLD_SPEC.format(offset=offset))
+    metadata.mkdir(exist_ok=True)
+    (metadata / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: hotloop-other\nVersion: 0.1.0\n"
+    )
+    (metadata / "entry_points.txt").write_text("[hotloop]\nother = hotloop_other\n")
+    try:
+        listed = run(python.parent / "hotloop", "plugins", "--json")
+    finally:
+        module.unlink()
+        shutil.rmtree(metadata)
+    assert listed.returncode == 0, listed.stderr
+    problems = {plugin["name"]: plugin["problem"] for plugin in json.loads(listed.stdout)}
+    assert "is written for api" in problems.pop("other")
+    assert f"uv add --upgrade {upgrade}" in listed.stdout
+    assert set(problems.values()) == {None}

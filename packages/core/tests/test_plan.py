@@ -71,6 +71,43 @@ def test_a_plan_prints_layers_in_groups_memory_and_time():
     assert "weights streamed" in str(LayerPlan(streamed=True))
 
 
+def test_streamed_weights_and_alternating_inputs_do_not_break_a_run_of_layers():
+    lean = dict(RECOMPUTE_ALL.placements)
+    stored = LayerPlan(placements={"x": Placement.OFFLOAD, **lean}, streamed=True)
+    remade = LayerPlan(placements={"x": Placement.RECOMPUTE, **lean})
+    plan = Plan(
+        layers=(stored, remade, stored, remade, KEEP_ALL),
+        tokens=1 << 17,
+        longest=1 << 17,
+        tile=4096,
+        embedding_on_host=True,
+        head_on_host=True,
+        host_memory={"activations": 2 * GIB, "embedding": GIB},
+    )
+    assert str(plan).splitlines()[1:] == [
+        "  layers 0 to 3: x offload in 2, recompute in 2; recompute everything",
+        "  layer 4: keep everything",
+        "  weights of 2 of 5 layers streamed",
+        "  embedding and head on the host",
+        "  4,096 tokens at once but in attention",
+        f"  {'host: activations':<34}{'2.00 GiB':>12}",
+        f"  {'host: embedding':<34}{'1.00 GiB':>12}",
+        f"  {'pinned host memory':<34}{'3.00 GiB':>12}",
+    ]
+    assert plan.host_bytes == 3 * GIB
+    assert str(stored) == "offload x; recompute everything; weights streamed from host memory"
+
+
+def test_a_run_that_differs_in_its_inputs_alone_is_one_line():
+    away = LayerPlan(placements={"x": Placement.OFFLOAD})
+    text = str(Plan(layers=(away, away, KEEP_ALL), tokens=8, longest=8))
+    assert text.splitlines()[1] == "  layers 0 to 2: x keep in 1, offload in 2; keep all else"
+
+
+def test_lossy_keys_and_values_are_named_so():
+    assert "(lossy)" in str(LayerPlan(nf4_kv=True))
+
+
 def test_a_plan_without_a_prediction_prints_its_layers_alone():
     text = str(made(memory={}, notes=("a note",)))
     assert text.splitlines()[1:] == [

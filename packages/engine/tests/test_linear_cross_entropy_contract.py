@@ -7,9 +7,9 @@ import pytest
 import torch
 from hotloop_core.errors import ConfigError, GradientError, UnsupportedError
 from hotloop_core.kernels import HeadLossOptions
-from hotloop_engine.ops import linear_cross_entropy as op
 from hotloop_engine.ops.linear_cross_entropy import (
     TrainedRows,
+    chunking,
     linear_cross_entropy,
     linear_log_probs,
     shift_labels,
@@ -91,6 +91,23 @@ def test_a_frozen_head_takes_two_gemms_also_for_log_probabilities(per_token, gem
         else:
             linear_cross_entropy(one.hidden, one.weight, one.labels).backward()
     assert counted.calls["mm"] == gemms
+
+
+def test_an_entropy_that_may_be_differentiated_costs_no_gemm_until_it_is() -> None:
+    one = head(9, 37, 24, train="hidden")
+
+    def tokens():
+        return linear_log_probs(
+            one.hidden, one.weight, one.labels, entropy=True, entropy_gradient=True
+        )
+
+    with Counting() as unused:
+        tokens().log_prob.sum().backward()
+    assert unused.calls["mm"] == 2
+    with Counting() as used:
+        out = tokens()
+        (out.log_prob.sum() + out.entropy.sum()).backward()
+    assert used.calls["mm"] == 4
 
 
 def test_a_second_backward_raises_by_name() -> None:
@@ -177,14 +194,35 @@ def test_rows_counted_beforehand_give_the_same_loss() -> None:
     )
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 28, 132])
 @pytest.mark.parametrize("vocabulary", [100, 32_000, 128_256, 262_144])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("count", [1, 63, 2048, 16_384, 100_001])
-def test_a_tile_of_logits_fits_its_bytes_and_chunks_are_even(vocabulary, dtype, count) -> None:
-    chunk = op._chunk_tokens(count, vocabulary, dtype, None)
-    assert chunk * vocabulary * dtype.itemsize <= op.TILE_BYTES
-    chunks = -(-count // chunk)
-    assert count - (chunks - 1) * chunk > chunk - chunks * op.ROW_MULTIPLE  # no small remainder
+@pytest.mark.parametrize("count", [0, 1, 63, 2048, 16_384, 100_001])
+def test_a_tile_of_logits_fits_its_bytes_and_is_never_taller_than_what_is_trained(
+    vocabulary, dtype, count, multiprocessors, monkeypatch
+) -> None:
+    monkeypatch.setattr(chunking, "_multiprocessors", lambda device: multiprocessors)
+    weight = torch.empty(vocabulary, 3584, device="meta")
+    chunk = chunking.chunk_tokens(count, weight, dtype, None)
+    assert chunk * vocabulary * dtype.itemsize <= chunking.TILE_BYTES
+    assert 1 <= chunk < count + 128 + (count == 0)
+    chunks = max(1, -(-count // chunk))
+    if multiprocessors == 1 and count:  # then nothing speaks against even chunks
+        assert count - (chunks - 1) * chunk > chunk - chunks * 128
+
+
+@pytest.mark.parametrize(
+    "vocabulary, width, rounds", [(128_256, 4096, 16), (152_064, 3584, 15), (256_000, 3584, 15)]
+)
+def test_the_gradient_of_16_384_tokens_takes_the_fewest_rounds_of_an_h100(
+    vocabulary, width, rounds, monkeypatch
+) -> None:
+    monkeypatch.setattr(chunking, "_multiprocessors", lambda device: 132)
+    weight = torch.empty(vocabulary, width, device="meta")
+    chunk = chunking.chunk_tokens(16_384, weight, torch.bfloat16, None)
+    full, rest = divmod(16_384, chunk)
+    found = full * chunking._rounds(chunk, width, 132) + chunking._rounds(rest, width, 132)
+    assert found == rounds
 
 
 def test_shifted_labels_are_those_of_the_next_token_and_end_with_each_packed_row() -> None:

@@ -78,13 +78,14 @@ def test_a_bin_of_equal_rows_is_dense() -> None:
     assert Sequences.from_position_ids(ids).dense_shape == (3, 4)
 
 
-def test_offsets_lose_empty_sequences_and_gain_the_padding_behind_them() -> None:
-    sequences = Sequences.from_cu_seqlens(torch.tensor([0, 3, 3, 7]), tokens=10)
+def test_offsets_lose_empty_sequences() -> None:
+    sequences = Sequences.from_cu_seqlens(torch.tensor([0, 3, 3, 7, 10]), tokens=10)
     assert offsets(sequences) == [0, 3, 7, 10]
     assert sequences.longest == 4
+    assert sequences.positions().tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2]
 
 
-@pytest.mark.parametrize("bad", [[1, 4], [0, 5, 3], [0, 11], [], [[0, 3]]])
+@pytest.mark.parametrize("bad", [[1, 10], [0, 5, 3, 10], [0, 11], [], [[0, 3]], [0], [0, 3, 7]])
 def test_offsets_that_make_no_sense_are_refused(bad: list) -> None:
     with pytest.raises(DataError, match="cu_seqlens"):
         Sequences.from_cu_seqlens(torch.tensor(bad), tokens=10)

@@ -173,6 +173,29 @@ def test_sixteen_bit_export_rounds_each_merged_weight_once(
     assert torch.equal(found, exact.to(loaded.dtype))
 
 
+def test_neither_autocast_nor_a_lower_precision_reaches_the_merge(tmp_path: Path) -> None:
+    model = adapted(tiny())
+    plain = export(model, None, tmp_path / "plain", format="safetensors", quant="32bit")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            again = export(model, None, tmp_path / "cast", format="safetensors", quant="32bit")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert [f.sha256 for f in again.files] == [f.sha256 for f in plain.files]
+
+
+@pytest.mark.gpu
+def test_a_model_on_the_cpu_is_merged_on_the_card_as_well(tmp_path: Path) -> None:
+    model = adapted(tiny())
+    on_card = export(
+        model, None, tmp_path / "card", format="safetensors", quant="32bit", device="cuda"
+    )
+    assert next(model.parameters()).device.type == "cpu" and on_card.tensors > 0
+    assert_same_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "card"), logits(model))
+
+
 def test_export_never_changes_the_live_model(tmp_path: Path) -> None:
     model = adapted(tiny(), use_dora=True, modules_to_save=["norm"])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

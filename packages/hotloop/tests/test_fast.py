@@ -43,7 +43,7 @@ def test_the_base_is_in_four_bit_unless_sixteen_or_full_are_asked_for(tiny_llama
 
 
 @pytest.mark.parametrize(
-    "asked, layers", [(True, (RECOMPUTE_ALL,) * 2), (False, None), ("unsloth", None)]
+    "asked, layers", [(True, (RECOMPUTE_ALL,) * 2), (False, None), ("auto", None)]
 )
 def test_gradient_checkpointing_maps_to_plans(model, asked, layers):
     adapted = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing=asked)
@@ -59,13 +59,16 @@ def test_a_word_that_is_no_checkpointing_is_refused(model):
         FastLanguageModel.get_peft_model(model, use_gradient_checkpointing="always")
 
 
-def test_offloading_that_is_not_built_is_said_in_the_plan(tiny_llama):
-    model, _ = loaded(tiny_llama, max_seq_length=256)
-    least = loaded(tiny_llama, max_seq_length=256, use_gradient_checkpointing=True)[0]
-    budget = receipt_of(least).plan.peak_bytes + 50_000
-    assert receipt_of(model).plan.peak_bytes > budget
-    model, _ = loaded(tiny_llama, max_seq_length=256, vram=budget)
-    assert "offloading to host memory is not built yet" in str(receipt_of(model).plan)
+def test_offload_means_layer_inputs_on_the_host_and_the_fastest_that_fits_under_a_budget(
+    tiny_llama,
+):
+    model, _ = loaded(tiny_llama, max_seq_length=256, use_gradient_checkpointing="offload")
+    model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing="offload")
+    layers = receipt_of(model).plan.layers
+    assert layers[0].placement("x") == "offload" and layers[0].placement("gate_up") == "recompute"
+    model, _ = loaded(tiny_llama, max_seq_length=256, vram="4GiB")
+    model = FastLanguageModel.get_peft_model(model, r=4, use_gradient_checkpointing="unsloth")
+    assert str(receipt_of(model).plan.layers[0]) == "keep everything"
 
 
 def test_modes_switch_the_cache_and_dropout(model):

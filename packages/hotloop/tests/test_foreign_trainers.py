@@ -7,6 +7,9 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from hotloop.training.batches import PackedDataset, PackedStream, collate_weighted
+from hotloop.training.batches import collate as lay_end_to_end
+from hotloop.training.trainer import PackedTrainer
 from hotloop.wiring import receipt_of, wire
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
@@ -243,6 +246,88 @@ def assert_rows_apart(make, head):
         packed = {k: v for k, v in inputs.items() if k != "seq_idx"}
         found = float(fresh(**packed).loss)
     assert found == pytest.approx(total / count, rel=TOLERANCE)
+
+
+def packed_rows(weights=None):
+    """Six bins of rows, and the mean loss over their trained tokens, row by row, unwired."""
+    examples = list(rows())
+    plain, total, count = tiny(), 0.0, 0
+    for number, row in enumerate(examples):
+        ids = torch.tensor([row["input_ids"]])
+        trained = ids.shape[1] - 1
+        with torch.no_grad():
+            mean = float(plain(input_ids=ids, labels=ids).loss)
+        total += mean * trained * (1 if weights is None else weights[number % len(weights)])
+        count += trained
+        if weights is not None:
+            row["weights"] = weights[number % len(weights)]
+    return PackedDataset(examples, capacity=80), total / count
+
+
+def one_step_an_epoch(directory, data):
+    """One optimizer step over all bins, whatever their order: its loss is the mean over all tokens."""
+    changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": len(data)}
+    return options(directory, **changes, max_steps=1, remove_unused_columns=False)
+
+
+@pytest.mark.parametrize("kind", [Trainer, PackedTrainer])
+def test_trainer_takes_hotloops_bins(tmp_path, kind):
+    data, expected = packed_rows()
+    assert 1 < len(data) < 24 and data.packing.rows_per_bin > 2
+    model = tiny()
+    wire(model)
+    args = TrainingArguments(**one_step_an_epoch(tmp_path, data))
+    trainer = kind(model, args, train_dataset=data, data_collator=lay_end_to_end)
+    trainer.train()
+    assert losses(trainer) == [pytest.approx(expected, rel=TOLERANCE)]
+
+
+def test_trainer_takes_a_stream_of_bins(tmp_path):
+    data, expected = packed_rows()
+    stream = PackedStream(rows(), capacity=80, buffer=64)  # a buffer that holds all: the same bins
+    model = tiny()
+    wire(model)
+    args = TrainingArguments(**one_step_an_epoch(tmp_path, data))
+    trainer = Trainer(model, args, train_dataset=stream, data_collator=lay_end_to_end)
+    trainer.train()
+    assert losses(trainer) == [pytest.approx(expected, rel=TOLERANCE)]
+
+
+def test_a_stream_that_several_would_read_whole_is_refused():
+    stream = PackedStream(rows(), capacity=80)
+    loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=2)
+    with pytest.raises(Exception, match="2 processes or DataLoader workers"):
+        next(iter(loader))
+
+
+def test_packed_trainer_weighs_the_rows(tmp_path):
+    data, expected = packed_rows(weights=[0.25, 1, 2])
+    model = tiny()
+    wire(model)
+    args = TrainingArguments(**one_step_an_epoch(tmp_path, data))
+    trainer = PackedTrainer(model, args, train_dataset=data, data_collator=collate_weighted)
+    trainer.train()
+    assert losses(trainer) == [pytest.approx(expected, rel=TOLERANCE)]
+
+
+def test_sft_trainer_takes_hotloops_bins(tmp_path, monkeypatch, tiny_tokenizer):
+    head = Head(monkeypatch)
+    data, expected = packed_rows()
+    model = tiny()
+    wire(model)
+    args = SFTConfig(
+        **one_step_an_epoch(tmp_path, data),
+        bf16=False,
+        padding_free=True,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    bins = data.to_datasets()
+    assert bins.column_names == ["input_ids", "labels", "seq_lengths"]
+    trainer = SFTTrainer(model, args, train_dataset=bins, processing_class=tiny_tokenizer)
+    trainer.train()
+    assert head.calls == len(data)
+    assert losses(trainer) == [pytest.approx(expected, rel=TOLERANCE)]
 
 
 def test_dpo_trainer_gives_the_losses_of_the_unwired_model(tmp_path, tiny_tokenizer):

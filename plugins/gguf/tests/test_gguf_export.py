@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import weakref
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,10 @@ from hotloop_core import ExportRequest, TensorEntry, discover, facts_of
 from hotloop_core.errors import CheckpointError, ExportError, OutputExistsError, UnsupportedError
 from hotloop_core.files import HashingFile
 from hotloop_gguf import pretokenizers
-from hotloop_gguf.export import export
+from hotloop_gguf.encoders import encode
+from hotloop_gguf.export import Quantisation, export, write
+from hotloop_gguf.mixes import BLOCKS, Choice
+from hotloop_gguf.writer import Block
 
 LLAMA = discover().match({"model_type": "llama"})
 VOCABULARY = {t: i for i, t in enumerate([*pretokenizers.byte_characters().values(), "Ġa"])}
@@ -107,11 +112,11 @@ def test_each_tensor_is_loaded_once_for_all_quantisations(request_: ExportReques
     assert torch.equal(torch.tensor(read["blk.0.attn_q.weight"].data), pairs)
 
 
-def test_one_tensor_at_a_time_is_held(request_: ExportRequest) -> None:
+def test_a_few_tensors_are_held_at_a_time(request_: ExportRequest) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
 
     def load(shape: tuple[int, ...]) -> torch.Tensor:
-        assert all(held() is None for held in alive)
+        assert sum(held() is not None for held in alive) <= 4  # used, waiting, written, waiting
         tensor = torch.ones(shape)
         alive.append(weakref.ref(tensor))
         return tensor
@@ -192,3 +197,43 @@ def test_a_tensor_of_another_shape_than_announced_is_refused(request_: ExportReq
     with pytest.raises(ExportError, match=r"announced with shape \(260, 64\)"):
         export(replace(request_, tensors=wrong))
     assert files(request_) == []
+
+
+def test_a_quantisation_of_a_third_party_is_written_with_its_own_encoder(
+    request_: ExportRequest,
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def choose(entry: TensorEntry) -> Choice:
+        return Choice(BLOCKS["F32" if len(entry.shape) == 1 else "Q8_0"])
+
+    def encoder(
+        tensor: torch.Tensor, block: Block, name: str, importance: torch.Tensor | None
+    ) -> Iterable[memoryview]:
+        asked.append((name, block.name))
+        return encode(tensor * 2, block, name, importance)
+
+    mine = Quantisation("lean", 7, choose)
+    report = write(replace(request_, quants=("lean",)), [mine], encoder=encoder)
+    assert [f.path.name for f in report.files] == ["tiny-LEAN.gguf"]
+    assert ("model.down", "Q8_0") in asked and ("model.final_norm", "F32") in asked
+    read = {t.name: t for t in GGUFReader(report.files[0].path).tensors}
+    norm = torch.tensor(read["output_norm.weight"].data)
+    assert torch.equal(norm, 2 * entries()[-1].load())
+
+
+def test_a_row_block_at_a_time_is_taken_where_the_stream_has_rows(
+    request_: ExportRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hotloop_gguf.pipeline.ELEMENTS", 1024)
+    whole = export(request_)
+    asked: list[int] = []
+
+    def rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+        asked.append((stop - start) * (entry.shape[1] if len(entry.shape) > 1 else 1))
+        return entry.load()[start:stop]
+
+    lazy = [replace(e, rows=partial(rows, e)) for e in entries()]
+    again = export(replace(request_, tensors=lazy, overwrite=True))
+    assert [f.sha256 for f in again.files] == [f.sha256 for f in whole.files]
+    assert max(asked) <= 1024 < 260 * 64

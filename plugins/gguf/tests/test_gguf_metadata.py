@@ -12,7 +12,7 @@ from hotloop_core.errors import UnsupportedError
 from hotloop_gguf.metadata import hyperparameters, notes, rope_factors
 from hotloop_gguf.mixes import MIXES, storage
 from hotloop_gguf.names import tensor_name
-from hotloop_gguf.transforms import add_one, rope_interleave_k, rope_interleave_q, transform_named
+from hotloop_gguf.transforms import add_one, rope_interleave, transform_named
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -168,8 +168,8 @@ def test_names_come_from_the_role_and_a_family_overrides_single_ones() -> None:
 def test_interleaving_pairs_the_halves_of_each_head() -> None:
     facts = replace(model(), heads=2, kv_heads=1, head_dim=4)
     rows = torch.arange(8).reshape(8, 1)
-    assert rope_interleave_q(rows, facts).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert rope_interleave_k(torch.arange(4), facts).tolist() == [0, 2, 1, 3]
+    assert rope_interleave(rows, facts).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert rope_interleave(torch.arange(4), facts).tolist() == [0, 2, 1, 3]
 
 
 def test_add_one_is_exact_where_bfloat16_would_round() -> None:

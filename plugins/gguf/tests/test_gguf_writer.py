@@ -33,7 +33,9 @@ def write(path: Path, parts: dict[str, bytes]) -> None:
         writer = GgufWriter(file, METADATA, TENSORS)
         for name, data in parts.items():
             half = len(data) // 2
-            writer.write(name, [memoryview(data[:half]), memoryview(data[half:])])
+            writer.write(name, memoryview(data[:half]))
+            writer.write(name, memoryview(data[half:]))
+        writer.finish()
 
 
 PARTS = {

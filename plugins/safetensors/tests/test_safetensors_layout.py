@@ -8,7 +8,7 @@ import pytest
 import torch
 from hotloop_core import TensorEntry
 from hotloop_core.errors import ExportError, UnsupportedError
-from hotloop_safetensors.layout import Stored, header, shards
+from hotloop_safetensors.layout import Stored, header, plain, shards
 from safetensors.torch import load_file
 
 
@@ -18,7 +18,7 @@ def stored(name: str, tensor: torch.Tensor) -> Stored:
         name=name, role="other", part="weight", layer=None, shape=tuple(tensor.shape), dtype=dtype,
         load=lambda: tensor,
     )  # fmt: skip
-    return Stored(entry, dtype)
+    return plain(entry, dtype)
 
 
 def raw(tensor: torch.Tensor) -> bytes:

@@ -6,6 +6,7 @@ from .exporter import (
     ExporterSpec,
     ExportReport,
     ExportRequest,
+    Importance,
     TensorEntry,
     TensorStream,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "FamilySpec",
     "Glu",
     "HotloopError",
+    "Importance",
     "LatentAttention",
     "LayerPlan",
     "LayerSpec",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from .errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor, dtype
@@ -31,6 +32,7 @@ class TensorEntry:
     load(): the tensor on the host or a device, finite, and never rounded on the way: in `dtype`, or in float32 where an
     adapter was merged in, so that the exporter rounds once, to what it writes. It may share memory with the live model:
     read it, drop it before the next, never write to it.
+    rows(start, stop): the same for those rows of the first dimension alone; None where only the whole can be had.
     """
 
     name: str
@@ -40,6 +42,50 @@ class TensorEntry:
     shape: tuple[int, ...]
     dtype: str
     load: Callable[[], Tensor]
+    rows: Callable[[int, int], Tensor] | None = None
+
+    def parts(self, elements: int, *, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """The tensor in blocks of rows, each with the index of its first row, so that memory stays bounded.
+
+        elements: about the most in a block. multiple: a block's rows are a multiple of it (the last may end sooner).
+
+        Raises:
+            ExportError: what was loaded has another shape than announced.
+
+        """
+        if not self.shape:
+            yield 0, self._checked(self.load(), ())
+            return
+        take = self.rows or self._slices()
+        step = max(1, elements // max(1, prod(self.shape[1:])) // multiple) * multiple
+        for start in range(0, self.shape[0], step):
+            stop = min(start + step, self.shape[0])
+            yield start, self._checked(take(start, stop), (stop - start, *self.shape[1:]))
+
+    def _slices(self) -> Callable[[int, int], Tensor]:
+        whole = self._checked(self.load(), self.shape)
+        return lambda start, stop: whole[start:stop]
+
+    def _checked(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        if tuple(tensor.shape) != shape:
+            raise ExportError(
+                f"{self.name} was announced with shape {shape} and loaded with {tuple(tensor.shape)}; "
+                "this is a fault of the tensor stream"
+            )
+        return tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Importance:
+    """What each input column of a weight counts for: an importance matrix, measured on data.
+
+    columns: tensor name -> mean of the squared inputs, float32, [columns] ([experts, columns] for stacked experts).
+    tokens: how many rows of inputs the means are over. source: what data, for the file that keeps it.
+    """
+
+    columns: Mapping[str, Tensor]
+    tokens: int
+    source: str = ""
 
 
 class TensorStream(Protocol):
@@ -58,8 +104,12 @@ class ExportRequest:
     source: a directory with config.json, generation_config.json, tokenizer files, and for an adapter
         adapter_config.json, as transformers and PEFT save them. chat_template: Jinja text or None.
     tokenize: text -> ids without special tokens added, by the model's own tokenizer.
+    render: (messages, whether the assistant's turn is opened) -> text, by the model's own chat template; it raises what
+        the template raises. None where there is no template.
     quants: names that the exporter declared, one output each. contents: the merged model, or the adapter alone.
-    overwrite: replace existing outputs. progress: called with (tensors done, tensors in all, name).
+    overwrite: replace existing outputs. max_shard_bytes: largest file, where the user asked for one; else the format's
+        own habit. importance: measured, or a file of the format's own kind.
+    progress: called with (tensors done, tensors in all, name).
     metadata: what a model card says (base model, data, licence ...), plain values.
     """
 
@@ -73,8 +123,10 @@ class ExportRequest:
     contents: Contents = "merged"
     tokenize: Callable[[str], list[int]] | None = None
     chat_template: str | None = None
+    render: Callable[[Sequence[Mapping[str, str]], bool], str] | None = None
     overwrite: bool = False
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_bytes: int | None = None
+    importance: Importance | Path | None = None
     progress: Callable[[int, int, str], None] | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
 

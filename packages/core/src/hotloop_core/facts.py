@@ -12,13 +12,14 @@ from .family import Attention, Config, FamilySpec, Glu
 if TYPE_CHECKING:
     from .kernels import Activation
 
-_ACTIVATIONS: dict[str, Activation] = {
+ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
+"""What transformers calls an activation -> what the engine calls it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +104,18 @@ def facts_of(family: FamilySpec, config: Config) -> ModelFacts:
 
     Raises:
         ConfigError: a size is missing, not a positive integer, or sizes contradict each other.
-        UnsupportedError: the activation, or a layer's kind of attention, is none that the engine has.
+        UnsupportedError: the activation, or a layer's kind of attention, is none that the engine has, or the config sets
+            a key that the family refuses.
 
     """
     keys = family.keys
     config = {**keys.defaults, **config}
     layer = family.layer_spec(config, 0)
-    if keys.bidirectional is not None and config.get(keys.bidirectional):
-        raise UnsupportedError(
-            f"config.json: {keys.bidirectional!r} is {config[keys.bidirectional]!r}: this model attends in both "
-            "directions, the engine's layers only to what came before. Train it without wiring it."
-        )
+    for key, why in keys.refused.items():
+        if config.get(key):
+            raise UnsupportedError(
+                f"config.json: {key!r} is {config[key]!r}: {why}. Train this model without wiring it."
+            )
     hidden = _size(config, keys.hidden_size, family)
     heads = _size(config, keys.heads, family)
     layers = _size(config, keys.layers, family)
@@ -185,7 +187,7 @@ def _flag(config: Config, value: bool | str) -> bool:
 def _activation(config: Config, family: FamilySpec) -> Activation:
     key = family.keys.activation
     name = config.get(key)
-    known: dict[str, Activation] = {**_ACTIVATIONS, **family.keys.activations}
+    known: dict[str, Activation] = {**ACTIVATIONS, **family.keys.activations}
     if not isinstance(name, str) or name not in known:
         raise UnsupportedError(
             f"config.json: {key!r} is {name!r}; the engine has {', '.join(sorted(known))}. "

@@ -125,7 +125,8 @@ class ConfigKeys:
 
     query_scale: attention scale is value ** -0.5 (Gemma's query_pre_attn_scalar); else head_dim ** -0.5.
     attention_scale: the attention scale itself (Granite's attention_multiplier).
-    bidirectional: a switch that makes attention see both ways, which the engine's layers do not do.
+    refused: key -> why, for switches and dropouts that make a layer do what the description does not say. A config where
+    one of them is true (or not zero) is refused with that reason.
     window: the sliding window, in tokens. use_window: a switch that must be true for it to count (Qwen 2).
     layer_types: the list that says which layers have the window. Where a config has no such list, all have it but
     every n-th, n being `window_pattern` (a number, or the key that holds it; Gemma), and but those before the layer
@@ -152,12 +153,12 @@ class ConfigKeys:
     logit_softcap: str | None = None
     logit_divisor: str | None = None
     residual_scale: str | None = None
-    bidirectional: str | None = None
     window: str | None = None
     use_window: str | None = None
     layer_types: str | None = "layer_types"
     window_pattern: str | int | None = None
     window_start: str | None = None
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
     activations: Mapping[str, Activation] = field(default_factory=dict[str, "Activation"])
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
 

@@ -7,16 +7,20 @@ import os
 import re
 import shutil
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, BinaryIO
+from dataclasses import dataclass
+from queue import Empty, Full, Queue
+from threading import Event, Thread
+from typing import TYPE_CHECKING, BinaryIO, Generic, TypeVar
 
 from .errors import ExportError, OutputExistsError, SecurityError
 from .exporter import ExportedFile
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Iterator
     from pathlib import Path
 
 _PARTIAL = ".partial"
+T = TypeVar("T")
 
 
 class HashingFile:
@@ -179,6 +183,103 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@dataclass(frozen=True)
+class _End:
+    error: BaseException | None
+
+
+def ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
+    """`items`, each made by another thread while the one before it is used; an error comes in its place.
+
+    depth: how many wait, finished; so with the one in use and the one in the making, `depth` + 2 exist at most.
+    """
+    waiting: Queue[T | _End] = Queue(depth)
+    abandoned = Event()
+
+    def offer(item: T | _End) -> bool:
+        while not abandoned.is_set():
+            with suppress(Full):
+                waiting.put(item, timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            source = iter(items)
+            while True:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+                if not offer(item):
+                    return
+                del item  # nothing here keeps it alive while the next is made
+        except BaseException as error:
+            offer(_End(error))
+        else:
+            offer(_End(None))
+
+    thread = Thread(target=work, name="hotloop-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = waiting.get()
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
+            yield item
+            del item
+    finally:
+        abandoned.set()
+        thread.join()
+
+
+class Behind(Generic[T]):
+    """Calls `work` with each item that is put, in order, in another thread; a context manager that waits for the last.
+
+    An error of `work` is raised by the next `put`, or at the end. depth: how many items wait at most.
+    """
+
+    def __init__(self, work: Callable[[T], object], depth: int = 2) -> None:
+        self._work = work
+        self._waiting: Queue[T | _End] = Queue(depth)
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._run, name="hotloop-behind", daemon=True)
+
+    def __enter__(self) -> Behind[T]:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        if kind is not None:
+            with suppress(Empty):
+                while True:
+                    self._waiting.get_nowait()
+        self._waiting.put(_End(None))
+        self._thread.join()
+        if kind is None and self._error is not None:
+            raise self._error
+
+    def put(self, item: T) -> None:
+        """Hands `item` over; waits while too many do."""
+        if self._error is not None:
+            raise self._error
+        self._waiting.put(item)
+
+    def _run(self) -> None:
+        while True:
+            item = self._waiting.get()
+            if isinstance(item, _End):
+                return
+            if self._error is None:
+                try:
+                    self._work(item)
+                except BaseException as error:
+                    self._error = error
+            del item
 
 
 @contextmanager

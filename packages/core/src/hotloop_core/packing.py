@@ -7,27 +7,26 @@ for bin in packing:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from hotloop_core.bin_packing import best_fit_decreasing, least_bins
 from hotloop_core.errors import ConfigError, DataError
+from hotloop_core.packed_batch import MASKED, PackedBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
     Integers = NDArray[np.int64]
+
+__all__ = ["MASKED", "Overlong", "PackedBatch", "Packing", "Piece", "pack", "pack_stream"]
 
 Row = TypeVar("Row")
 Overlong = Literal["error", "cut", "split"]
 """Rows longer than a bin are refused, cut at its capacity, or split into documents of their own."""
-
-MASKED = -100
-"""The label that a loss ignores."""
 
 
 class Piece(NamedTuple):
@@ -101,40 +100,77 @@ class Packing:
             f"rows a bin, {self.rows_overlong} rows too long, {self.tokens_dropped} tokens dropped"
         )
 
-    def split(self, ranks: int, *, seed: int = 0) -> list[Packing]:
-        """One packing for each process: as many bins each, and at each step about as many tokens.
+    def divisible(self, by: int) -> Packing:
+        """The same pieces in a number of bins that divides by `by`, as several processes need it.
 
-        Where the bins do not divide by `ranks`, the bins of most pieces are halved until they do.
-        Bins are put together by size into steps, and the steps shuffled.
+        The bins of most pieces are halved until it does; where it does already, this is `self`.
 
         Raises:
-            DataError: fewer pieces than ranks are left to give every rank a bin.
+            ConfigError: `by` is below 1.
+            DataError: there are too few pieces for so many bins.
 
         """
         import numpy as np
 
-        if ranks < 1:
-            raise ConfigError(f"ranks={ranks}; expected at least 1.")
-        bounds = self.bounds.tolist()
-        extra = -len(self) % ranks
+        if by < 1:
+            raise ConfigError(f"bins that divide by {by}; expected at least 1.")
+        extra = -len(self) % by
+        if not extra:
+            return self
         if len(self) + extra > len(self.rows):
             raise DataError(
-                f"{len(self.rows)} rows cannot give {ranks} processes equally many bins; train "
-                "with fewer processes or more rows."
+                f"{len(self.rows)} rows in {len(self)} bins cannot make bins whose number divides "
+                f"by {by}, which as many processes and batches need. Train with fewer of them, "
+                "pack the rows if they are not packed, or bring more rows."
             )
+        bounds = self.bounds
         for _ in range(extra):
-            at = max(range(len(bounds) - 1), key=lambda b: bounds[b + 1] - bounds[b])
-            bounds.insert(at + 1, (bounds[at] + bounds[at + 1]) // 2)
-        halved = self._with_bins(bounds, range(len(bounds) - 1))
-        by_size = np.argsort(-halved.bin_tokens, kind="stable").reshape(-1, ranks)
-        by_size[1::2] = by_size[1::2, ::-1]  # the larger of a step falls to each rank in turn
-        by_size = by_size[np.random.default_rng(seed).permutation(len(by_size))]
-        return [halved._with_bins(bounds, by_size[:, rank].tolist()) for rank in range(ranks)]
+            at = int(np.diff(bounds).argmax())
+            bounds = np.insert(bounds, at + 1, (bounds[at] + bounds[at + 1]) // 2)
+        return replace(self, bounds=bounds)
 
-    def _with_bins(self, bounds: Sequence[int], order: Iterable[int]) -> Packing:
+    def order(self, *, ranks: int = 1, each: int = 1, seed: int = 0, epoch: int = 0) -> Integers:
+        """In which order the bins are trained in one epoch: int64 [bins], every bin once.
+
+        A step takes the next ranks x each bins, `each` for rank 0, then `each` for rank 1, and so
+        on. Bins of about one size make a step, dealt out so that no rank waits for another; the
+        steps are shuffled by the seed and the epoch.
+
+        Raises:
+            DataError: several ranks, and the bins do not divide by ranks x each: see `divisible`.
+
+        """
         import numpy as np
 
-        spans = [(bounds[b], bounds[b + 1]) for b in order]
+        whole = len(self) // (ranks * each) * ranks * each
+        if ranks > 1 and whole < len(self):
+            raise DataError(
+                f"{len(self)} bins do not divide by {ranks} processes x {each}, so that some would "
+                f"train more than others; use packing.divisible({ranks * each})."
+            )
+        by_size = np.argsort(-self.bin_tokens, kind="stable")
+        dealt = by_size[:whole].reshape(-1, each, ranks)
+        dealt[:, 1::2] = dealt[:, 1::2, ::-1]  # there and back, as cards are dealt fairly
+        steps = dealt.transpose(0, 2, 1)
+        steps[1::2] = steps[1::2, ::-1].copy()  # the larger share of a step falls to each in turn
+        steps = steps[np.random.default_rng([seed, epoch]).permutation(len(steps))]
+        return np.concatenate([steps.reshape(-1), by_size[whole:]])
+
+    def split(self, ranks: int, *, seed: int = 0) -> list[Packing]:
+        """One packing for each process: as many bins each, and at each step about as many tokens.
+
+        Raises:
+            ConfigError, DataError: as `divisible`.
+
+        """
+        shared = self.divisible(ranks)
+        steps = shared.order(ranks=ranks, seed=seed).reshape(-1, ranks)
+        return [shared._with_bins(steps[:, rank].tolist()) for rank in range(ranks)]
+
+    def _with_bins(self, order: Iterable[int]) -> Packing:
+        import numpy as np
+
+        spans = [(int(self.bounds[b]), int(self.bounds[b + 1])) for b in order]
         take = np.concatenate([np.arange(0), *(np.arange(*span) for span in spans)])
         return _packing(
             self.capacity,
@@ -242,86 +278,6 @@ def pack_stream(
             yield from packed(everything=False)
     if waiting:
         yield from packed(everything=True)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class PackedBatch:
-    """Rows laid end to end; T tokens in all. Tensors are on the CPU.
-
-    input_ids, labels, position_ids: int64 [T]; positions restart at 0 with each row; the first
-        label of each row is `MASKED`, since the token before it belongs to another row.
-    cu_seqlens: int32 [rows + 1], where each row begins, and T.  longest: tokens of the longest row.
-    row_ids: int64 [T], which of the rows each token came from; -1 for padding.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    position_ids: Tensor
-    cu_seqlens: Tensor
-    longest: int
-    row_ids: Tensor
-
-    @staticmethod
-    def from_rows(
-        rows: Sequence[Sequence[int]],
-        labels: Sequence[Sequence[int]] | None = None,
-        *,
-        length: int | None = None,
-        pad_id: int = 0,
-    ) -> PackedBatch:
-        """Lays the rows end to end, without padding unless a `length` is asked for.
-
-        Padding comes last, as one more sequence whose labels are all masked. Labels default to the
-        ids; they are those of the same tokens, not shifted, as transformers expects them.
-
-        Raises:
-            DataError: no rows, an empty row, labels that do not fit, or more tokens than `length`.
-
-        """
-        import torch
-
-        sizes = [len(row) for row in rows]
-        if not sizes or min(sizes) < 1:
-            raise DataError(
-                f"rows of {sizes} tokens; expected one row or more, none of them empty."
-            )
-        if labels is not None and [len(row) for row in labels] != sizes:
-            raise DataError(
-                f"labels of {[len(row) for row in labels]} tokens for rows of {sizes}; expected "
-                "one label a token."
-            )
-        total = sum(sizes)
-        padding = 0 if length is None else length - total
-        if padding < 0:
-            raise DataError(f"{total} tokens do not fit into a batch of {length}.")
-        ids = [token for row in rows for token in row] + [pad_id] * padding
-        targets = [target for row in labels or rows for target in row] + [MASKED] * padding
-        spans = sizes + ([padding] if padding else [])
-        sizes_S = torch.tensor(spans)
-        starts_S = sizes_S.cumsum(0) - sizes_S
-        labels_T = torch.tensor(targets)
-        labels_T[starts_S] = MASKED
-        row_ids_T = torch.repeat_interleave(torch.arange(len(spans)), sizes_S)
-        return PackedBatch(
-            input_ids=torch.tensor(ids),
-            labels=labels_T,
-            position_ids=torch.arange(len(ids)) - starts_S[row_ids_T],
-            cu_seqlens=torch.cat([starts_S, torch.tensor([len(ids)])]).to(torch.int32),
-            longest=max(spans),
-            row_ids=row_ids_T.where(row_ids_T < len(sizes), -1),
-        )
-
-    def model_inputs(self) -> dict[str, Tensor | int]:
-        """Keyword arguments for a transformers model's forward, as one row [1, T]."""
-        return {
-            "input_ids": self.input_ids[None],
-            "labels": self.labels[None],
-            "position_ids": self.position_ids[None],
-            "cu_seq_lens_q": self.cu_seqlens,
-            "cu_seq_lens_k": self.cu_seqlens,
-            "max_length_q": self.longest,
-            "max_length_k": self.longest,
-        }
 
 
 def _check(capacity: int, overlong: str) -> None:

@@ -4,7 +4,8 @@ no effect.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -93,7 +94,7 @@ class LayerPlan:
             by_placement.setdefault(placement, []).append(name)
         kept = not (by_placement.keys() - {Placement.KEEP})
         parts = [
-            f"{placement} {'everything' if names == list(_RECOMPUTABLE) else ' '.join(names)}"
+            f"{placement} {_names(names)}"
             for placement, names in by_placement.items()
             if placement is not Placement.KEEP
         ]
@@ -105,6 +106,15 @@ class LayerPlan:
 
 
 _RECOMPUTABLE = ("qkv", "attention", "attention_out", "x_mid", "gate_up", "mlp_out")
+
+
+def _names(names: list[str]) -> str:
+    everything = [name for name in names if name in _RECOMPUTABLE] == list(_RECOMPUTABLE)
+    if not everything:
+        return " ".join(names)
+    return " ".join([*(name for name in names if name not in _RECOMPUTABLE), "everything"])
+
+
 KEEP_ALL = LayerPlan()
 RECOMPUTE_ALL = LayerPlan(placements=dict.fromkeys(_RECOMPUTABLE, Placement.RECOMPUTE))
 """Of every kind of layer: a name that a layer does not have changes nothing."""
@@ -144,19 +154,17 @@ class Plan:
         """The predicted peak of device memory."""
         return sum(self.memory.values())
 
+    @property
+    def host_bytes(self) -> int:
+        """The pinned host memory."""
+        return sum(self.host_memory.values())
+
     def __str__(self) -> str:
         lines = [f"plan for {self.tokens:,} tokens a step, longest sequence {self.longest:,}"]
-        first = 0
-        for layer, group in groupby(self.layers):
-            last = first + len(list(group)) - 1
-            which = f"layer {first}" if first == last else f"layers {first} to {last}"
-            lines.append(f"  {which}: {layer}")
-            first = last + 1
-        for name, size in self.memory.items():
-            lines.append(f"  {name:<34}{amount(size):>12}")
-        if self.memory:
-            budget = "" if self.budget is None else f" of {amount(self.budget)}"
-            lines.append(f"  {'predicted peak':<34}{amount(self.peak_bytes):>12}{budget}")
+        lines += [f"  {line}" for line in (*self._layer_lines(), *self._home_lines())]
+        budget = "" if self.budget is None else f" of {amount(self.budget)}"
+        lines += _sizes(self.memory, "predicted peak", budget)
+        lines += _sizes(self.host_memory, "pinned host memory", prefix="host: ")
         for name, ms in self.step_ms.items():
             lines.append(f"  {name:<34}{ms:9.1f} ms")
         if self.step_ms:
@@ -165,3 +173,42 @@ class Plan:
             rate = f", {self.tokens / total * 1e3:,.0f} tokens/s"
             lines.append(f"  {'predicted step':<34}{total:9.1f} ms{on}{rate}")
         return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+    def _layer_lines(self) -> list[str]:
+        """One line for each run of layers that differ in streamed weights and in x alone."""
+        lines: list[str] = []
+        first = 0
+        for _, group in groupby(self.layers, key=_but_for_x):
+            members = [replace(layer, streamed=False) for layer in group]
+            last = first + len(members) - 1
+            which = f"layer {first}" if first == last else f"layers {first} to {last}"
+            what = str(members[0])
+            inputs = Counter(layer.placement("x") for layer in members)
+            if len(inputs) > 1:
+                x = ", ".join(f"{placement} in {inputs[placement]}" for placement in sorted(inputs))
+                others = replace(members[0], placements=dict(_but_for_x(members[0])[0]))
+                what = f"x {x}; {others}".replace("keep everything", "keep all else")
+            lines.append(f"{which}: {what}")
+            first = last + 1
+        return lines
+
+    def _home_lines(self) -> list[str]:
+        streamed = sum(layer.streamed for layer in self.layers)
+        homes = [
+            name
+            for name, there in (("embedding", self.embedding_on_host), ("head", self.head_on_host))
+            if there
+        ]
+        lines = [f"weights of {streamed} of {len(self.layers)} layers streamed"] if streamed else []
+        lines += [f"{' and '.join(homes)} on the host"] if homes else []
+        return lines + ([f"{self.tile:,} tokens at once but in attention"] if self.tile else [])
+
+
+def _but_for_x(layer: LayerPlan) -> tuple[tuple[tuple[str, Placement], ...], bool]:
+    return tuple((n, p) for n, p in layer.placements.items() if n != "x"), layer.nf4_kv
+
+
+def _sizes(sizes: Mapping[str, int], total: str, of: str = "", prefix: str = "") -> list[str]:
+    """Lines for bytes by name and their sum; none where there are none."""
+    lines = [f"  {prefix + name:<34}{amount(size):>12}" for name, size in sizes.items()]
+    return [*lines, f"  {total:<34}{amount(sum(sizes.values())):>12}{of}"] if sizes else []

@@ -192,4 +192,5 @@ def _plan(
         lora=ranks,
         vram=now.budget,
         placements=placements,
+        homes=now,
     )

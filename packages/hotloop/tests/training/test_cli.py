@@ -176,3 +176,19 @@ def test_verify_compares_and_exits_by_the_verdict(
     assert json.loads(good.stdout[good.stdout.index("{") :])
     monkeypatch.setattr("hotloop.verification.report.Report.ok", property(lambda self: False))
     assert CliRunner().invoke(app, arguments).exit_code == 1
+
+
+def test_data_says_how_rows_pack_and_draws_them(recipe: Recipe, tmp_path: Path) -> None:
+    picture = tmp_path / "bins.png"
+    file = recipe_file(recipe, tmp_path)
+    result = CliRunner().invoke(app, ["data", str(file), "--rows", "1", "--picture", str(picture)])
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "% used" in result.output and "rows a bin" in result.output
+
+
+def test_padding_wastes_what_the_longest_row_of_each_batch_leaves() -> None:
+    from hotloop.training.picture import padded_utilisation
+
+    assert padded_utilisation([4, 1, 3, 3], rows=2) == (4 + 1 + 3 + 3) / (8 + 6)
+    assert padded_utilisation([], rows=2) == 1.0

@@ -12,7 +12,7 @@ from hotloop.chat_templates import (
     standardize_data_formats,
     train_on_responses_only,
 )
-from hotloop.training.batches import Bins, collate
+from hotloop.training.batches import PackedDataset, as_row, collate, collate_weighted
 from hotloop.training.data import Prepared, held_out_sides, prepare, read
 from hotloop.training.recipe import DataSection, make_recipe
 from hotloop.training.render import Renderer, Row
@@ -233,15 +233,91 @@ def test_a_batch_keeps_rows_apart_and_masks_their_first_labels(
     tokenizer: Tokenizer, qa_records: list[dict[str, Any]]
 ) -> None:
     rows = [render(tokenizer, record, loss_on="all") for record in qa_records[:40]]
-    bins = Bins(rows, capacity=512, packed=True, seed=0)
+    bins = PackedDataset(rows, capacity=512)
     assert len(bins) < 40
     batch = collate([bins[0], bins[1]])
+    bins_tokens = bins.packing.bin_tokens[:2].sum()
     starts = batch["position_ids"][0] == 0
     assert int(starts.sum()) == len(bins[0]) + len(bins[1])
     assert bool((batch["labels"][0][starts] == -100).all())
-    assert batch["cu_seq_lens_q"].tolist()[-1] == batch["input_ids"].shape[1]
-    every = sorted(id(row) for index in range(len(bins)) for row in bins[index])
-    assert every == sorted(map(id, rows))
+    assert {tuple(tensor.shape) for tensor in batch.values()} == {(1, int(bins_tokens))}
+    every = sorted(row.ids.tobytes() for index in range(len(bins)) for row in bins[index])
+    assert every == sorted(row.ids.tobytes() for row in rows)
+
+
+def test_answers_alone_are_trained_in_a_packed_batch_of_multi_turn_chats(
+    tokenizer: Tokenizer,
+) -> None:
+    chats = [("q1", "one.", "q2", "two."), ("q3", "three."), ("q4", "four.", "q5", "five.")]
+    rows = [render(tokenizer, chat(*turns)) for turns in chats]
+    bins = PackedDataset(rows, capacity=200)
+    assert len(bins) == 1
+    labels = collate([bins[0]])["labels"][0].tolist()
+    answers = tokenizer.decode([token for token in labels if token >= 0])
+    expected = [trained_text(tokenizer, row) for row in bins[0]]
+    assert answers == "".join(expected)
+    assert sorted(expected) == sorted(
+        "".join(f"{answer}<|im_end|>" for answer in turns[1::2]) for turns in chats
+    )
+
+
+def test_a_weight_of_a_row_and_of_a_message_reach_the_batch(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    first, second, third = chat("q", "a", "r", "b"), chat("s", "c"), chat("t", "d")
+    first["messages"][1]["weight"], first["messages"][3]["weight"] = 0, 0.5
+    records = [
+        {**record, "importance": weight} for record, weight in ((first, 1), (second, 3), (third, 1))
+    ]
+    path = write(tmp_path / "r.jsonl", records)
+    rows = prepared(tokenizer, path, weight_field="importance").train
+    assert trained_text(tokenizer, rows[0]) == "b<|im_end|>"  # weight 0 is not trained
+    assert {float(w) for w in rows[0].weights[rows[0].labels >= 0]} == {0.5}
+    assert set(rows[1].weights.tolist()) == {3.0}
+    assert rows[2].weights is None
+    batch = collate_weighted([rows])
+    weights = batch["loss_weights"][0][batch["labels"][0] >= 0]
+    assert weights.tolist() == [0.5] * 2 + [3.0] * 2 + [1.0] * 2
+    with pytest.raises(DataError, match="collate_weighted"):
+        collate([rows])
+    with pytest.raises(DataError, match="loss weights, which TRL"):
+        PackedDataset(rows, capacity=64).to_datasets()
+    assert "loss_weights" not in collate_weighted([rows[2:]])
+    report = prepared(tokenizer, path, weight_field="importance").report
+    assert report.fingerprint != prepared(tokenizer, path).report.fingerprint
+
+
+@pytest.mark.parametrize("weight", [-1, "2", True, None])
+def test_a_weight_that_is_no_number_from_0_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, weight: Any
+) -> None:
+    path = write(tmp_path / "r.jsonl", [{**chat("q", "a"), "importance": weight}])
+    with pytest.raises(DataError, match=r"row 1.*importance|without.*importance"):
+        prepared(tokenizer, path, weight_field="importance")
+
+
+def test_rows_of_others_are_read_as_mappings() -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}])
+    bins = PackedDataset(rows, capacity=5)
+    assert sorted(row.labels.tolist() for row in bins[0]) == [[5, 6, 7], [8, 9]]
+    split = PackedDataset([{"input_ids": list(range(7))}], capacity=4, overlong="split")
+    assert sorted(row.ids.tolist() for item in split for row in item) == [[0, 1, 2, 3], [4, 5, 6]]
+    for bad, message in (
+        ({"text": "x"}, r"found a row \['text'\]"),
+        ({"input_ids": [1, 2], "labels": [1]}, "as many labels and weights"),
+    ):
+        with pytest.raises(DataError, match=message):
+            as_row(bad)
+
+
+def test_without_packing_every_row_has_a_bin_and_several_processes_need_even_shares() -> None:
+    rows = [{"input_ids": [1] * n} for n in (3, 4, 5)]
+    assert len(PackedDataset(rows, capacity=64, packed=False)) == 3
+    assert len(PackedDataset(rows, capacity=64, divisible_by=2)) == 2
+    with pytest.raises(DataError, match="3 rows in 3 bins"):
+        PackedDataset(rows, capacity=64, packed=False, divisible_by=2)
 
 
 def test_a_batch_without_a_trained_token_is_refused(tokenizer: Tokenizer) -> None:

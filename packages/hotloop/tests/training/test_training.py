@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import safetensors.torch
 import torch
+from hotloop.training.batches import PackedDataset
 from hotloop.training.directory import RunDirectory
 from hotloop.training.run import Run
 from hotloop_core.errors import (
@@ -20,6 +21,7 @@ from hotloop_core.errors import (
     GradientError,
     OutputExistsError,
 )
+from torch.utils._pytree import tree_flatten
 from transformers import Trainer, TrainerCallback
 
 if TYPE_CHECKING:
@@ -84,6 +86,54 @@ def test_a_resumed_run_equals_one_that_did_not_stop_bit_for_bit(
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 5, 10, 12]
 
 
+def test_an_8_bit_optimizer_learns_and_resumes_bit_for_bit(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # bitsandbytes keeps tensors of fewer than 4,096 elements in fp32: a rank that reaches it.
+    recipe = with_values(with_values(recipe, "lora", r=128), "schedule", optimizer="adamw_8bit")
+    whole = with_values(recipe, "output", directory=str(tmp_path / "whole"))
+    with Run(whole) as run:
+        report = run.train()
+    assert report.held_out_after < report.held_out_before
+    interrupted(recipe, 11, monkeypatch)
+    newest = RunDirectory(recipe.output.directory).newest_checkpoint()
+    assert newest is not None
+    saved = torch.load(newest / "optimizer.pt", weights_only=True)["state"]
+    kept = tree_flatten(saved)[0]
+    large = [x for x in kept if isinstance(x, torch.Tensor) and x.numel() >= 4096]
+    assert large and all(x.dtype is torch.uint8 for x in large)
+    with Run(recipe, resume=True) as run:
+        run.train()
+    expected, found = adapter_of(whole), adapter_of(recipe)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_a_paged_optimizer_is_refused_where_there_is_no_card(recipe: Recipe) -> None:
+    with pytest.raises(ConfigError, match=r'set schedule\.optimizer = "adamw_8bit"'):
+        Run(with_values(recipe, "schedule", optimizer="paged_adamw_8bit"))
+
+
+@pytest.mark.gpu
+def test_a_paged_optimizer_learns(recipe: Recipe) -> None:
+    with Run(with_values(recipe, "schedule", optimizer="paged_adamw_8bit")) as run:
+        report = run.train()
+    assert report.held_out_after < report.held_out_before
+
+
+def test_the_report_says_how_full_the_bins_were(recipe: Recipe) -> None:
+    recipe = with_values(recipe, "schedule", steps=1, save_every=None, eval_every=None)
+    with Run(recipe) as run:
+        packing = run.bins.packing
+        report = run.train()
+    assert report.utilisation == packing.utilisation > 0.85
+    assert report.rows_per_bin == packing.rows_per_bin > 2
+    assert report.tokens_dropped == 0 and report.processes == 1
+    assert f"bins {packing.utilisation:.2%} full" in str(report)
+    saved = json.loads(RunDirectory(recipe.output.directory).report.read_text())
+    assert saved["utilisation"] == report.utilisation
+
+
 def test_a_run_leaves_its_recipe_metrics_plot_adapter_and_report(recipe: Recipe) -> None:
     with Run(recipe) as run:
         report = run.train()
@@ -113,7 +163,7 @@ def test_held_out_loss_is_the_mean_over_tokens_not_over_batches(recipe: Recipe) 
     with Run(recipe) as run:
         assert len(run.held_out_bins) > 1
         packed = run.held_out_loss()
-        run.held_out_bins.packing = None
+        run.held_out_bins = PackedDataset(run.data.held_out, capacity=128, packed=False)
         assert run.held_out_loss() == pytest.approx(packed, rel=1e-5)
 
 
@@ -136,6 +186,12 @@ def test_resume_is_refused_where_it_would_be_another_run(
     interrupted(recipe, 6, monkeypatch)
     with pytest.raises(ConfigError, match=r"schedule.learning_rate: 0.01 then, 0.5 now"):
         Run(with_values(recipe, "schedule", learning_rate=0.5), resume=True)
+    data = RunDirectory(recipe.output.directory).data
+    described = data.read_text()
+    data.write_text(described.replace('"processes": 1', '"processes": 4'))
+    with pytest.raises(ConfigError, match="4 processes"), Run(recipe, resume=True) as run:
+        run.train()
+    data.write_text(described)
     rows = Path(recipe.data.path)
     rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(DataError, match="changed since the run"), Run(recipe, resume=True) as run:

@@ -1,4 +1,4 @@
-"""The suite that an exporter passes: whole files or none, exact reports, one tensor at a time."""
+"""The suite that an exporter passes: whole files or none, exact reports, a few tensors at a time."""
 
 # ruff: noqa: D102 - the name of a check is its claim
 
@@ -78,7 +78,7 @@ class ExporterConformance(Conformance, kit=True):
             self._export(tmp_path, change=_loading(broken))
         assert not list(tmp_path.rglob("*"))
 
-    def test_one_tensor_is_held_at_a_time(self, tmp_path: Path) -> None:
+    def test_a_few_tensors_are_held_at_a_time(self, tmp_path: Path) -> None:
         alive: list[weakref.ref[torch.Tensor]] = []
         most = 0
 
@@ -90,7 +90,8 @@ class ExporterConformance(Conformance, kit=True):
             return tensor
 
         self._export(tmp_path, change=_loading(counted))
-        assert most <= 1, f"{most} earlier tensors were alive while the next was loaded"
+        # One in use, one read ahead, one being written and one waiting for that.
+        assert most <= 4, f"{most} earlier tensors were alive while the next was loaded"
 
     def test_progress_counts_every_tensor(self, tmp_path: Path) -> None:
         calls: list[tuple[int, int, str]] = []
@@ -155,7 +156,7 @@ class _Stream:
 
     def __iter__(self) -> Iterator[TensorEntry]:
         for index, entry in enumerate(self.entries):
-            yield replace(entry, load=lambda e=entry, i=index: self.load(e, i))
+            yield replace(entry, load=lambda e=entry, i=index: self.load(e, i), rows=None)
 
 
 def _loading(

@@ -6,24 +6,24 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
-from hotloop_core import Plan, discover, facts_of
+from hotloop_core import LayerPlan, Placement, Plan, discover, facts_of, saved_tensors
 from hotloop_core.errors import UnsupportedError
 from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL
 
 from .conformance import Conformance, assert_import_is_light, module_of, plugin_with
-from .numerics import assert_no_worse_than
-from .tiny import assert_same_bits, batch, build, gradients, tokenizer, with_lora
+from .numerics import assert_no_worse_than, poisoned_buffers
+from .tiny import assert_same_bits, batch, build, gradients, quantise_, tokenizer, with_lora
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from hotloop.wiring import Receipt
     from hotloop_core import FamilySpec
-    from hotloop_core.plan import LayerPlan
     from transformers import PreTrainedConfig
 
     from .tiny import Model
@@ -32,6 +32,9 @@ SLACK = 0.3
 """How much larger than eager's an error may be. Models this small have few roundings, so chance weighs more."""
 SUM_ROUNDING = torch.finfo(torch.float32).eps
 """How far off w may be that a file holds as 1 + w in fp32, for |w| < 1."""
+TILE = 16
+FORMATS_READ_BACK = {"safetensors", "gguf"}
+"""Formats with a check of their own, which loads what was written."""
 CASES = [
     (kind, precision)
     for kind in ("dense", "padded", "packed")
@@ -114,6 +117,19 @@ class FamilyConformance(Conformance, kit=True):
         silent = [row.name for row in report.rows if row.eager == 0 and row.name != "loss"]
         assert not silent, f"nothing was compared for {silent}"
 
+    @pytest.mark.parametrize("base", ["bfloat16", "nf4"])
+    def test_on_a_frozen_base_in_16_or_4_bit_gradients_are_no_worse_than_eager(
+        self, base: str
+    ) -> None:
+        from hotloop.verification import verify
+
+        model = build(self.tiny_config())
+        model = quantise_(model, self.spec) if base == "nf4" else model.bfloat16()
+        model = with_lora(model, self.spec)
+        inputs = batch("packed", model.config.vocab_size)
+        report = verify(model, inputs, dtype=torch.bfloat16, slack=SLACK)
+        assert report.ok, str(report)
+
     @pytest.mark.parametrize("kind", ["dense", "padded"])
     @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
     def test_logits_are_no_worse_than_eager(self, kind: str, precision: str) -> None:
@@ -162,6 +178,38 @@ class FamilyConformance(Conformance, kit=True):
         kept = gradients(model, inputs)
         receipt.replan(_plan(model, RECOMPUTE_ALL))
         assert_same_bits(gradients(model, inputs), kept)
+
+    @pytest.mark.parametrize("placement", [Placement.RECOMPUTE, Placement.OFFLOAD])
+    def test_every_tensor_may_be_placed_by_itself_without_changing_a_bit(
+        self, placement: Placement
+    ) -> None:
+        model = self._model(lora=True)
+        inputs = batch("packed", model.config.vocab_size)
+        receipt = self._wire(model)
+        kept = gradients(model, inputs)
+        for tensor in saved_tensors(facts_of(self.spec, model.config.to_dict())):
+            if placement is Placement.OFFLOAD or tensor.can_recompute:
+                layer = LayerPlan(placements={tensor.name: placement})
+                receipt.replan(_plan(model, layer))
+                assert_same_bits(gradients(model, inputs), kept)
+
+    def test_tiles_change_nothing_but_the_rounding(self) -> None:
+        model = self._model(lora=True)
+        inputs = batch("packed", model.config.vocab_size)
+        receipt = self._wire(model)
+        whole = gradients(model, inputs)
+        receipt.replan(replace(_plan(model, KEEP_ALL), tile=TILE))
+        assert_no_worse_than(gradients(model, inputs), whole, whole, floor=1e-4)
+
+    @pytest.mark.parametrize("layer", [KEEP_ALL, RECOMPUTE_ALL], ids=["keep", "recompute"])
+    def test_uninitialised_memory_is_never_read(self, layer: LayerPlan) -> None:
+        model = self._model(lora=True)
+        inputs = batch("padded", model.config.vocab_size)
+        self._wire(model, layer)
+        plain = gradients(model, inputs)
+        with poisoned_buffers():
+            found = gradients(model, inputs)
+        assert_same_bits(found, plain)
 
     def test_a_packed_row_does_not_see_its_neighbours(self) -> None:
         model = self._model(lora=True)
@@ -217,7 +265,9 @@ class FamilyConformance(Conformance, kit=True):
         inputs = {"input_ids": batch("dense", model.config.vocab_size)["input_ids"]}
         with torch.no_grad():
             expected, found = model(**inputs).logits, loaded(**inputs).logits
-        torch.testing.assert_close(found, expected + 0, rtol=1e-4, atol=1e-5)
+        assert_no_worse_than(
+            {"logits": found}, {"logits": expected}, {"logits": expected + 0}, floor=1e-5
+        )
 
     def test_gguf_export_comes_back(self, tmp_path: Path) -> None:
         from hotloop.exporting import export
@@ -240,6 +290,25 @@ class FamilyConformance(Conformance, kit=True):
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=SUM_ROUNDING)
             found[name] = expected[name]
         assert_same_bits(found, expected)
+
+    def test_every_other_installed_format_holds_each_tensor_or_says_why_not(
+        self, tmp_path: Path
+    ) -> None:
+        from hotloop.exporting import export
+
+        model = self._model(lora=True)
+        words = tokenizer(model.config.vocab_size)
+        tied = facts_of(self.spec, model.config.to_dict()).tied
+        weights = sum(1 for _ in self._model(lora=False).parameters())
+        for exporter in discover().exporters:
+            if exporter.name in FORMATS_READ_BACK:
+                continue
+            try:
+                report = export(model, words, tmp_path / exporter.name, format=exporter.name)
+            except UnsupportedError as refusal:
+                assert str(refusal)
+                continue
+            assert report.files and report.tensors in (weights, weights + tied), report
 
     def _model(self, *, lora: bool) -> Model:
         model = build(self.tiny_config())

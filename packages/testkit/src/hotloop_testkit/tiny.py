@@ -21,6 +21,9 @@ BIAS_STD = 0.01
 """Small: a bias that all values of attention share cancels in the gradients of q and k, and what is left of them is
 rounding, in any attention that keeps only its output (measured with 0.1: 5 % error of these in bf16)."""
 
+BLOCK = 32
+"""Of NF4. bitsandbytes 0.50 on a CPU dequantises a weight wrongly whose rows end inside a block."""
+
 
 def build(config: PreTrainedConfig, seed: int = 0) -> Model:
     """The ...ForCausalLM of a config in fp32, with norms and biases that are not all one or zero."""
@@ -48,6 +51,31 @@ def with_lora(model: Model, spec: FamilySpec, seed: int = 1) -> Model:
         if ".lora_B." in name:
             nn.init.normal_(parameter, std=LORA_STD)
     return adapted
+
+
+def quantise_(model: Model, spec: FamilySpec) -> Model:
+    """The projections that the family describes in bitsandbytes' NF4 with nested statistics, in place; the model."""
+    from bitsandbytes.nn.modules import Linear4bit, Params4bit
+    from hotloop.loading.quantize import settle_
+    from hotloop.lora import projections
+
+    paths = projections(spec, model.config.to_dict()).values()
+    for layer in model.get_submodule(spec.layers):
+        for path in paths:
+            plain = layer.get_submodule(path)
+            has_bias = plain.bias is not None
+            new: Any = Linear4bit(
+                plain.in_features, plain.out_features, bias=has_bias, quant_type="nf4"
+            )
+            make: Any = Params4bit
+            new.weight = make(
+                plain.weight.data, requires_grad=False, quant_type="nf4", blocksize=BLOCK
+            )
+            new.bias = plain.bias
+            layer.set_submodule(path, new)
+    model.to("cpu")  # quantises
+    settle_(model, torch.float32)
+    return model
 
 
 def batch(kind: str, vocabulary: int) -> dict[str, Tensor]:

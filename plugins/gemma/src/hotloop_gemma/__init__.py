@@ -66,6 +66,9 @@ _NORM_ROLES = (
 )
 _ADD_ONE: dict[str, str] = dict.fromkeys(_NORM_ROLES, "add_one")
 _DEFAULTS = {"tie_word_embeddings": True, "head_dim": 256}
+_REFUSED = {
+    "use_bidirectional_attention": "it attends in both directions, the engine only to what came before"
+}
 # Every release means the tanh form; the first Gemma's configs call it "gelu".
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu_tanh"}
 
@@ -81,7 +84,7 @@ GEMMA = FamilySpec(
     model_types=frozenset({"gemma"}),
     layer=GEMMA_LAYER,
     keys=ConfigKeys(
-        bidirectional="use_bidirectional_attention",
+        refused=_REFUSED,
         activations=_ACTIVATIONS,
         defaults={
             **_DEFAULTS,
@@ -107,7 +110,7 @@ GEMMA2 = FamilySpec(
         query_scale="query_pre_attn_scalar",
         attention_softcap="attn_logit_softcapping",
         logit_softcap="final_logit_softcapping",
-        bidirectional="use_bidirectional_attention",
+        refused=_REFUSED,
         window="sliding_window",
         window_pattern=2,
         defaults={
@@ -146,7 +149,7 @@ GEMMA3 = FamilySpec(
         activation="hidden_activation",
         query_scale="query_pre_attn_scalar",
         logit_softcap="final_logit_softcapping",
-        bidirectional="use_bidirectional_attention",
+        refused=_REFUSED,
         window="sliding_window",
         window_pattern="sliding_window_pattern",
         defaults={

@@ -6,15 +6,19 @@ from types import MappingProxyType
 
 from hotloop_core import API, ExporterSpec, hookimpl
 
+from .imatrix import FILES
 from .mixes import ALIASES, MIXES
+
+_ADAPTER = {"adapter": "the LoRA adapter alone, for llama.cpp's --lora"}
 
 GGUF = ExporterSpec(
     api=API,
     name="gguf",
     target="hotloop_gguf.export:export",
     summary="one file for llama.cpp, Ollama, LM Studio",
-    quants=MappingProxyType({name: mix.summary for name, mix in MIXES.items()}),
-    aliases=MappingProxyType(ALIASES),
+    quants=MappingProxyType({name: mix.summary for name, mix in MIXES.items()} | _ADAPTER | FILES),
+    aliases=MappingProxyType(ALIASES | {"lora": "adapter"}),
+    adapter_quants=frozenset(_ADAPTER),
 )
 
 

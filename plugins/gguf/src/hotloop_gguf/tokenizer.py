@@ -81,6 +81,29 @@ class Tokenizer:
         by_id |= {id_: token["content"] for id_, token in self._added.items()}
         return [by_id.get(i) for i in range(max(by_id) + 1)]
 
+    @property
+    def bos(self) -> str:
+        """The text of the token that begins a text; empty where there is none."""
+        id_ = self._id(self.config.get("bos_token"))
+        return "" if id_ is None else self.tokens[id_] or ""
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the tokenizer puts that token before every text."""
+        id_ = self._id(self.config.get("bos_token"))
+        return id_ is not None and self._template_ends()[0] == id_
+
+    @property
+    def stops(self) -> list[str]:
+        """The texts of the tokens that end an answer: the tokenizer's, then the generation config's."""
+        ends = self.generation.get("eos_token_id")
+        ids = [
+            self._id(self.config.get("eos_token")),
+            *(ends if isinstance(ends, list) else [ends]),
+        ]
+        texts = [self.tokens[id_] for id_ in ids if id_ is not None and id_ < len(self.tokens)]
+        return [text for text in dict.fromkeys(texts) if text]
+
     def metadata(
         self, rows: int, tokenize: Callable[[str], list[int]], chat_template: str | None
     ) -> dict[str, Value]:
@@ -176,10 +199,9 @@ class Tokenizer:
             id_ = self._id(self.config.get(f"{name}_token"))
             if id_ is not None:
                 keys[f"tokenizer.ggml.{key}"] = id_
-        before, after = self._template_ends()
-        bos, eos = keys.get("tokenizer.ggml.bos_token_id"), keys.get("tokenizer.ggml.eos_token_id")
-        keys["tokenizer.ggml.add_bos_token"] = bos is not None and before == bos
-        keys["tokenizer.ggml.add_eos_token"] = eos is not None and after == eos
+        eos = keys.get("tokenizer.ggml.eos_token_id")
+        keys["tokenizer.ggml.add_bos_token"] = self.adds_bos
+        keys["tokenizer.ggml.add_eos_token"] = eos is not None and self._template_ends()[1] == eos
         turn_end = self._turn_end(eos)
         if turn_end is not None:
             keys["tokenizer.ggml.eot_token_id"] = turn_end

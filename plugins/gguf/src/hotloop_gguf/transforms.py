@@ -1,4 +1,7 @@
-"""The transforms that a family can name for a role in its `ExportFacts.transforms`."""
+"""The transforms that a family can name for a role in its `ExportFacts.transforms`.
+
+Each takes whole heads (`ModelFacts.head_dim` rows), as many as there are, so that large tensors pass in blocks.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def rope_interleave_q(tensor: Tensor, facts: ModelFacts) -> Tensor:
-    """Rows of each query head from two halves (transformers) to even/odd pairs (ggml's NORM rope).
+def rope_interleave(tensor: Tensor, facts: ModelFacts) -> Tensor:
+    """Rows of each head from two halves (transformers) to even/odd pairs (ggml's NORM rope).
 
-    tensor: [heads * head_dim, ...], a weight or a bias.
+    tensor: [heads * head_dim, ...], a weight, a bias or B of an adapter; any number of whole heads.
     """
-    return _interleave(tensor, facts.heads)
-
-
-def rope_interleave_k(tensor: Tensor, facts: ModelFacts) -> Tensor:
-    """The same for the key heads."""
-    return _interleave(tensor, facts.kv_heads)
+    halves = tensor.reshape(-1, 2, facts.head_dim // 2, *tensor.shape[1:])
+    return halves.transpose(1, 2).reshape(tensor.shape)
 
 
 def add_one(tensor: Tensor, facts: ModelFacts) -> Tensor:
@@ -31,14 +30,9 @@ def add_one(tensor: Tensor, facts: ModelFacts) -> Tensor:
     return tensor.float() + 1.0
 
 
-def _interleave(tensor: Tensor, heads: int) -> Tensor:
-    by_half = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
-    return by_half.transpose(1, 2).reshape(tensor.shape)
-
-
 TRANSFORMS: dict[str, Callable[[Tensor, ModelFacts], Tensor]] = {
-    "rope_interleave_q": rope_interleave_q,
-    "rope_interleave_k": rope_interleave_k,
+    "rope_interleave_q": rope_interleave,
+    "rope_interleave_k": rope_interleave,
     "add_one": add_one,
 }
 

@@ -15,11 +15,19 @@ SAFETENSORS = ExporterSpec(
         {
             "16bit": "merged, bfloat16 (float16 for a float16 model)",
             "32bit": "merged, float32",
+            "4bit": "merged, bitsandbytes NF4 with double quantisation",
             "adapter": "the adapter alone, as PEFT writes it",
         }
     ),
     aliases=MappingProxyType(
-        {"merged_16bit": "16bit", "bf16": "16bit", "lora": "adapter", "f32": "32bit"}
+        {
+            "merged_16bit": "16bit",
+            "merged_4bit": "4bit",
+            "nf4": "4bit",
+            "bf16": "16bit",
+            "lora": "adapter",
+            "f32": "32bit",
+        }
     ),
     adapter_quants=frozenset({"adapter"}),
 )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from typing import TYPE_CHECKING, Any
 
-from hotloop_core.errors import ConfigError, ExportError
+from hotloop_core.errors import ConfigError
 from hotloop_core.exporter import ExportReport, round_tensor
 from hotloop_core.files import Outputs
 
-from .layout import Stored, header, shards
+from .layout import Part, Stored, header, plain, shards
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WEIGHTS = {"merged": "model", "adapter": "adapter_model"}
+_ELEMENTS = 1 << 23
+"""Values that are rounded and written at once."""
+_SHARD = 5 * 10**9
+"""As transformers splits a checkpoint where nothing else is asked for, in bytes."""
+_KEPT = {"embedding", "head", "router"}
+"""Roles that stay in 16 bits beside 4-bit projections, as where bitsandbytes quantises on loading."""
+_NF4 = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_quant_storage": "uint8",
+}
 _LAST = {"merged": "config.json", "adapter": "adapter_config.json"}
 """Nothing loads the directory before this file is there, so it is renamed last."""
 
@@ -27,7 +42,7 @@ def export(request: ExportRequest) -> ExportReport:
     """Writes what `request` asks for; memory stays bounded by the largest tensor.
 
     Raises:
-        ConfigError: several quantisations at once, which would share file names.
+        ConfigError: several quantisations at once, which would share file names; an importance matrix.
         OutputExistsError, ExportError: see `hotloop_core.files.Outputs`.
 
     """
@@ -36,8 +51,12 @@ def export(request: ExportRequest) -> ExportReport:
             f"safetensors writes one of {', '.join(request.quants)} to a directory, since the file "
             "names are the same; export each into a directory of its own"
         )
+    if request.importance is not None:
+        raise ConfigError(
+            "safetensors has no use for an importance matrix; leave it out, or export as gguf"
+        )
     config = _config(request)
-    stored = [Stored(entry, _dtype(request, config, entry)) for entry in request.tensors]
+    stored = [_stored(request, config, entry) for entry in request.tensors]
     stem = _WEIGHTS[request.contents]
     files = _named(stem, shards(stored, _limit(request)))
     side = sorted(_side_files(request))
@@ -47,7 +66,7 @@ def export(request: ExportRequest) -> ExportReport:
         outputs.require_space(sum(tensor.bytes for tensor in stored))
         for file in side:
             outputs.copy(file)
-        _write_weights(request, outputs, files, len(stored))
+        _write_weights(request, outputs, files, len(stored), config.get("dtype", ""))
         if len(files) > 1:
             outputs.write(f"{stem}.safetensors.index.json", _index(files))
         outputs.write(_LAST[request.contents], json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -60,10 +79,8 @@ def export(request: ExportRequest) -> ExportReport:
 
 
 def _limit(request: ExportRequest) -> int:
-    if request.max_shard_bytes <= 0:
-        raise ConfigError(f"max_shard_bytes is {request.max_shard_bytes}, expected at least 1")
     # PEFT reads an adapter from one file only.
-    return request.max_shard_bytes if request.contents == "merged" else 2**62
+    return (request.max_shard_bytes or _SHARD) if request.contents == "merged" else 2**62
 
 
 def _config(request: ExportRequest) -> dict[str, Any]:
@@ -71,8 +88,27 @@ def _config(request: ExportRequest) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if request.contents == "merged":
         half = "float16" if config.get("dtype") == "float16" else "bfloat16"
-        config["dtype"] = half if request.quants == ("16bit",) else "float32"
+        config["dtype"] = "float32" if request.quants == ("32bit",) else half
+    if request.quants == ("4bit",):
+        config["quantization_config"] = _NF4 | {
+            "bnb_4bit_compute_dtype": config["dtype"],
+            "llm_int8_skip_modules": [
+                entry.name.removesuffix(".weight")
+                for entry in request.tensors
+                if entry.role in _KEPT and entry.part == "weight"
+            ],
+        }
     return config
+
+
+def _stored(request: ExportRequest, config: dict[str, Any], entry: TensorEntry) -> Stored:
+    matrix = len(entry.shape) == 2 and entry.layer is not None and entry.part == "weight"
+    if request.quants != ("4bit",) or not matrix or entry.role in _KEPT:
+        return plain(entry, _dtype(request, config, entry))
+    from . import nf4
+
+    described = zip(nf4.SUFFIXES, nf4.shapes(entry.shape), strict=True)
+    return Stored(entry, tuple(Part(entry.name + end, *kind) for end, kind in described))
 
 
 def _dtype(request: ExportRequest, config: dict[str, Any], entry: TensorEntry) -> str:
@@ -105,30 +141,38 @@ def _named(stem: str, groups: list[list[Stored]]) -> dict[str, list[Stored]]:
 
 
 def _write_weights(
-    request: ExportRequest, outputs: Outputs, files: dict[str, list[Stored]], total: int
+    request: ExportRequest,
+    outputs: Outputs,
+    files: dict[str, list[Stored]],
+    total: int,
+    dtype: str,
 ) -> None:
     done = 0
     for name, tensors in files.items():
         with outputs.open(name) as file:
             file.write(header(tensors))
             for tensor in tensors:
-                _write_tensor(file, tensor)
+                _write_tensor(file, tensor, dtype)
                 done += 1
                 if request.progress is not None:
                     request.progress(done, total, tensor.entry.name)
 
 
-def _write_tensor(file: HashingFile, tensor: Stored) -> None:
+def _write_tensor(file: HashingFile, tensor: Stored, dtype: str) -> None:
+    """dtype: what a quantised tensor is dequantised to."""
     import torch
 
     entry = tensor.entry
-    value = entry.load()
-    if tuple(value.shape) != entry.shape:
-        raise ExportError(
-            f"{entry.name} was announced with shape {entry.shape} and loaded with "
-            f"{tuple(value.shape)}; this is a fault of the tensor stream"
-        )
-    file.write(_bytes(round_tensor(value, getattr(torch, tensor.dtype), entry.name)))
+    if len(tensor.parts) == 1:
+        to = getattr(torch, tensor.parts[0].dtype)
+        for _, part in entry.parts(_ELEMENTS):
+            file.write(_bytes(round_tensor(part, to, entry.name)))
+        return
+    from . import nf4
+
+    for _, whole in entry.parts(max(1, prod(entry.shape))):
+        for made in nf4.encode(whole, dtype):
+            file.write(_bytes(made))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -139,6 +183,6 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def _index(files: dict[str, list[Stored]]) -> str:
     size = sum(tensor.bytes for tensors in files.values() for tensor in tensors)
-    places = {t.entry.name: name for name, tensors in files.items() for t in tensors}
+    places = {p.name: name for name, tensors in files.items() for t in tensors for p in t.parts}
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
     return json.dumps(index, indent=2) + "\n"

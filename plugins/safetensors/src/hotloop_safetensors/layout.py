@@ -36,30 +36,55 @@ _CODES = {
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor and the dtype that it is stored in, by torch name."""
+class Part:
+    """A tensor of the file; dtype by torch name."""
 
-    entry: TensorEntry
+    name: str
     dtype: str
+    shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
         """Size in the file."""
-        return prod(self.entry.shape) * _code(self.dtype)[1]
+        return prod(self.shape) * self.width
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element."""
+        return _code(self.dtype)[1]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the model and what it is in the file: itself in some dtype, or what a quantisation makes of it."""
+
+    entry: TensorEntry
+    parts: tuple[Part, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Size in the file."""
+        return sum(part.bytes for part in self.parts)
+
+
+def plain(entry: TensorEntry, dtype: str) -> Stored:
+    """The tensor itself, in `dtype`."""
+    return Stored(entry, (Part(entry.name, dtype, entry.shape),))
 
 
 def header(tensors: Sequence[Stored]) -> bytes:
     """Length and header of a file that holds `tensors` in this order."""
     described: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for tensor in tensors:
-        described[tensor.entry.name] = {
-            "dtype": _code(tensor.dtype)[0],
-            "shape": list(tensor.entry.shape),
-            "data_offsets": [offset, offset + tensor.bytes],
+    parts = [part for tensor in tensors for part in tensor.parts]
+    for part in parts:
+        described[part.name] = {
+            "dtype": _code(part.dtype)[0],
+            "shape": list(part.shape),
+            "data_offsets": [offset, offset + part.bytes],
         }
-        offset += tensor.bytes
-    if len(described) != len(tensors) + 1:
+        offset += part.bytes
+    if len(described) != len(parts) + 1:
         raise ExportError("two tensors have one name; this is a fault of the tensor stream")
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the data starts aligned
@@ -79,7 +104,7 @@ def shards(tensors: Sequence[Stored], max_bytes: int) -> list[list[Stored]]:
             size = 0
         groups[-1].append(tensor)
         size += tensor.bytes
-    return [sorted(group, key=lambda t: -_code(t.dtype)[1]) for group in groups]
+    return [sorted(group, key=lambda t: -max(p.width for p in t.parts)) for group in groups]
 
 
 def _code(dtype: str) -> tuple[str, int]:

@@ -6,6 +6,7 @@ o_THK, lse = backend.forward(q_THK, k_TGK, v_TGK, sequences, scale=K**-0.5)
 dq, dk, dv = backend.backward(do_THK, q_THK, k_TGK, v_TGK, o_THK, lse, sequences, scale=K**-0.5)
 """
 
+from .centre import add_centre, remove_centre_
 from .choice import BackendRow, choose, table
 from .interface import Backend, Capability, Gradients, Request, request
 from .sequences import Sequences
@@ -17,7 +18,9 @@ __all__ = [
     "Gradients",
     "Request",
     "Sequences",
+    "add_centre",
     "choose",
+    "remove_centre_",
     "request",
     "table",
 ]

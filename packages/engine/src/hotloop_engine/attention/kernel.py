@@ -19,7 +19,7 @@ Scores are kept in base 2: exp2 is one instruction. lse is natural.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -54,15 +54,22 @@ def _locate(cu_seqlens, count, tile, BLOCK: tl.constexpr, STEPS: tl.constexpr):
 
 
 @triton.jit
-def _tanh(x):
-    """Exact to a few units in the last place; 1 - 2 / (exp(2x) + 1) would lose small x."""
-    square = x * x
-    series = x * (
-        1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * 62 / 2835)))
-    )
-    e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
-    large = (1 - e) / (1 + e)
-    return tl.where(square < 0.0625, series, tl.where(x < 0, -large, large))
+def _tanh(x, EXACT: tl.constexpr):
+    """tanh, exact to a few units in the last place, or to 1e-7 of one, at a quarter of the cost.
+
+    A score is the cap times this and enters p by its difference, so the second is what counts: at a
+    cap of 50 it moves p by 6e-6 of itself, where 16-bit inputs move it by 4e-3.
+    """
+    if EXACT:
+        square = x * x
+        series = x * (
+            1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * 62 / 2835)))
+        )
+        e = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+        large = (1 - e) / (1 + e)
+        return tl.where(square < 0.0625, series, tl.where(x < 0, -large, large))
+    else:
+        return 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E)))  # exp2 may be infinite: then 1
 
 
 @triton.jit
@@ -80,10 +87,13 @@ def _tile(
 
 
 @triton.jit
-def _scores(u, i, j, scale, cap, WINDOW: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr):
+def _scores(
+    u, i, j, scale, cap,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
     """Returns scores in base 2, -inf where j is not visible from i, and the cap's derivative."""
     if CAP:
-        t = _tanh(u * (scale / cap))
+        t = _tanh(u * (scale / cap), EXACT)
         s = t * (cap * LOG2E)
         derivative = 1 - t * t
     else:
@@ -110,7 +120,9 @@ def _attend(
         j = first + tl.arange(0, N)
         k = _tile(k_base, j, columns, k_stride, length, K, K2, MASKED)
         u = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s, _ = _scores(u, i[:, None], j[None, :], scale, cap, WINDOW, CAP, MASKED)
+        s, _ = _scores(
+            u, i[:, None], j[None, :], scale, cap, WINDOW, CAP, MASKED, q.dtype == tl.float32
+        )
         m_new = tl.maximum(m, tl.max(s, 1))
         shift = m_new
         if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
@@ -210,7 +222,9 @@ def _collect_dq(
         k = _tile(k_base, j, columns, k_stride, length, K, K2, MASKED)
         v = _tile(v_base, j, columns, v_stride, length, K, K2, MASKED)
         u = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s, derivative = _scores(u, i[:, None], j[None, :], scale, cap, WINDOW, CAP, MASKED)
+        s, derivative = _scores(
+            u, i[:, None], j[None, :], scale, cap, WINDOW, CAP, MASKED, q.dtype == tl.float32
+        )
         p = tl.exp2(s - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         du = p * (dp - delta[:, None]) * derivative
@@ -264,7 +278,8 @@ def _collect_dkv(
     dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_stride, do_stride,
     row, low, high, length, scale, cap,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, K2: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds what queries low ... high give to dk / scale and dv. Tiles are keys x queries."""
     j = row + tl.arange(0, N)
@@ -280,12 +295,16 @@ def _collect_dkv(
             lse = tl.load(lse_base + i) * LOG2E
             delta = tl.load(delta_base + i)
         u = tl.dot(k, tl.trans(q), input_precision="ieee")
-        s, derivative = _scores(u, i[None, :], j[:, None], scale, cap, WINDOW, CAP, MASKED)
+        s, derivative = _scores(
+            u, i[None, :], j[:, None], scale, cap, WINDOW, CAP, MASKED, q.dtype == tl.float32
+        )
         p = tl.exp2(s - lse[None, :])
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee")
-        du = p * (dp - delta[None, :]) * derivative
-        dk = tl.dot(du.to(q.dtype), q, dk, input_precision="ieee")
+        if WANT_DV:
+            dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        if WANT_DK:
+            dp = tl.dot(v, tl.trans(do), input_precision="ieee")
+            du = p * (dp - delta[None, :]) * derivative
+            dk = tl.dot(du.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
@@ -295,8 +314,9 @@ def _backward_dkv(
     q_t, q_h, k_t, k_h, v_t, v_h, do_t, do_h, dk_t, dk_h, dv_t, dv_h, scale, cap,
     GROUP: tl.constexpr, K: tl.constexpr, K2: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, STEPS: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
 ):  # fmt: skip
-    """One program: dk and dv of N keys of one head, from every query head of its group."""
+    """One program: dk or dv or both of N keys of one head, from every query head of its group."""
     start, length, row = _locate(cu_seqlens, count, tl.program_id(0), N, STEPS)
     if row >= length:
         return
@@ -313,8 +333,8 @@ def _backward_dkv(
         full_end = tl.minimum(full_end, (row + WINDOW) // M * M)
     full = tl.minimum((row + N - 1 + M - 1) // M * M, end)  # from here every query sees every key
     full_end = tl.maximum(full, full_end)
-    dk = tl.zeros([N, K2], tl.float32)
-    dv = tl.zeros([N, K2], tl.float32)
+    dk = tl.zeros([N, K2] if WANT_DK else [1], tl.float32)
+    dv = tl.zeros([N, K2] if WANT_DV else [1], tl.float32)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         q_base = Q + start * q_t + head * q_h
@@ -323,22 +343,27 @@ def _backward_dkv(
         delta_base = DELTA + head * tokens + start
         dk, dv = _collect_dkv(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_t, do_t,
-            row, low, full, length, scale, cap, M, N, K, K2, WINDOW, CAP, True,
+            row, low, full, length, scale, cap, M, N, K, K2, WINDOW, CAP,
+            WANT_DK, WANT_DV, True,
         )  # fmt: skip
         dk, dv = _collect_dkv(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_t, do_t,
-            row, full, full_end, length, scale, cap, M, N, K, K2, WINDOW, CAP, False,
+            row, full, full_end, length, scale, cap, M, N, K, K2, WINDOW, CAP,
+            WANT_DK, WANT_DV, False,
         )  # fmt: skip
         dk, dv = _collect_dkv(
             dk, dv, k, v, q_base, do_base, lse_base, delta_base, q_t, do_t,
-            row, full_end, end, length, scale, cap, M, N, K, K2, WINDOW, CAP, True,
+            row, full_end, end, length, scale, cap, M, N, K, K2, WINDOW, CAP,
+            WANT_DK, WANT_DV, True,
         )  # fmt: skip
     inside = (j < length)[:, None] & (columns[None, :] < K)
     rows = j[:, None].to(tl.int64)
-    dk_pointers = DK + start * dk_t + kv_head * dk_h + rows * dk_t + columns[None, :]
-    dv_pointers = DV + start * dv_t + kv_head * dv_h + rows * dv_t + columns[None, :]
-    tl.store(dk_pointers, (dk * scale).to(DK.dtype.element_ty), mask=inside)
-    tl.store(dv_pointers, dv.to(DV.dtype.element_ty), mask=inside)
+    if WANT_DK:
+        dk_pointers = DK + start * dk_t + kv_head * dk_h + rows * dk_t + columns[None, :]
+        tl.store(dk_pointers, (dk * scale).to(DK.dtype.element_ty), mask=inside)
+    if WANT_DV:
+        dv_pointers = DV + start * dv_t + kv_head * dv_h + rows * dv_t + columns[None, :]
+        tl.store(dv_pointers, dv.to(DV.dtype.element_ty), mask=inside)
 
 
 def attention_forward(
@@ -352,11 +377,11 @@ def attention_forward(
     """Writes o_THK; returns lse_HT, fp32. Last strides 1, the others arbitrary."""
     tokens, heads, head_size = q_THK.shape
     lse_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_THK.device)
-    launch = _launch(head_size, q_THK.element_size(), backward=False)
-    _forward[_tiles(sequences, launch["M"]), heads](
+    tile = launches(head_size, q_THK.element_size(), _is_hopper(q_THK.device)).forward
+    _forward[_tiles(sequences, tile.queries), heads](
         q_THK, k_TGK, v_TGK, o_THK, lse_HT, sequences.cu_seqlens, sequences.count, tokens,
         *_strides(q_THK, k_TGK, v_TGK, o_THK),
-        **_constants(q_THK, k_TGK, sequences, options), **launch,
+        **_constants(q_THK, k_TGK, sequences, options), **tile.arguments(),
     )  # fmt: skip
     return lse_HT
 
@@ -382,15 +407,17 @@ def attention_backward(
         do_THK, o_THK, delta_HT, tokens, *_strides(do_THK, o_THK),
         K=constants["K"], K2=constants["K2"], M=64,
     )  # fmt: skip
-    launch = _launch(head_size, q_THK.element_size(), backward=True)
+    launch = launches(head_size, q_THK.element_size(), _is_hopper(q_THK.device))
     common = (q_THK, k_TGK, v_TGK, do_THK, lse_HT, delta_HT)
     batch = (sequences.cu_seqlens, sequences.count, tokens)
     strides = _strides(q_THK, k_TGK, v_TGK, do_THK)
-    _backward_dkv[_tiles(sequences, launch["N"]), k_TGK.shape[1]](
-        *common, dk_TGK, dv_TGK, *batch, *strides, *_strides(dk_TGK, dv_TGK), **constants, **launch
-    )
-    _backward_dq[_tiles(sequences, launch["M"]), heads](
-        *common, dq_THK, *batch, *strides, *_strides(dq_THK), **constants, **launch
+    for want_dk, want_dv in ((True, False), (False, True)) if launch.apart else ((True, True),):
+        _backward_dkv[_tiles(sequences, launch.dkv.keys), k_TGK.shape[1]](
+            *common, dk_TGK, dv_TGK, *batch, *strides, *_strides(dk_TGK, dv_TGK), **constants,
+            **launch.dkv.arguments(), WANT_DK=want_dk, WANT_DV=want_dv,
+        )  # fmt: skip
+    _backward_dq[_tiles(sequences, launch.dq.queries), heads](
+        *common, dq_THK, *batch, *strides, *_strides(dq_THK), **constants, **launch.dq.arguments()
     )
 
 
@@ -418,21 +445,64 @@ def _constants(
     }
 
 
-@functools.cache
-def _launch(head_size: int, element_size: int, *, backward: bool) -> dict[str, int]:
-    """Block sizes that need at most 100 KB of shared memory, what the small cards have.
+class Tile(NamedTuple):
+    """Queries and keys of a tile of scores, and how its kernel runs."""
 
-    Heads of 1 KB (256 values in fp32) get the smallest blocks: products in full fp32 are unrolled
-    into scalar code, and larger ones take minutes to compile.
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+    def arguments(self) -> dict[str, int]:
+        """As the kernels take them."""
+        names = ("M", "N", "num_warps", "num_stages")
+        return dict(zip(names, self, strict=True))
+
+
+class Launches(NamedTuple):
+    """The tiles of the three kernels. apart: dk and dv in a launch each, which makes the scores once more."""
+
+    forward: Tile
+    dkv: Tile
+    dq: Tile
+    apart: bool = False
+
+
+@functools.cache
+def launches(head_size: int, element_size: int, hopper: bool) -> Launches:
+    """Tiles by the bytes of a head's row.
+
+    Elsewhere than on Hopper at most 99 KB of shared memory, what the small cards have. On Hopper a
+    warp group multiplies 64 rows at a time (wgmma): 64 for four warps, 128 for eight; fewer fall
+    back to the older instruction, twice as slow. With heads of 256, dk and dv together would take
+    all registers of such tiles, so each has its own launch: 5 products instead of 4, of tiles four
+    times as tall. Chosen by what Triton makes for sm_90: in the loop over whole tiles 22 to 40
+    instructions a score and 2 spilled loads at most (heads of 256, dk and dv together in 32 x 32:
+    77). `benchmarks/tune_attention.py` measures others.
+
+    Products in full fp32 are unrolled into scalar code: larger tiles take minutes to compile.
     """
-    if INTERPRETED:
-        return {"M": 32, "N": 16}  # several tiles and both kinds of edge at small sizes
+    if INTERPRETED:  # several tiles and both kinds of edge at small sizes
+        small = Tile(32, 16, 4, 1)
+        return Launches(small, small, small, apart=head_size >= 128)
     row_bytes = head_size * element_size
-    if backward:
-        block = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-        return {"M": block, "N": block, "num_warps": 4, "num_stages": 2}
+    if hopper and element_size == 2:
+        if row_bytes <= 128:
+            return Launches(Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2))
+        if row_bytes <= 256:
+            return Launches(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 4, 2))
+        tall = Tile(32, 128, 8, 2)
+        return Launches(Tile(128, 64, 8, 2), tall, Tile(128, 32, 8, 2), apart=True)
     if row_bytes <= 256:
-        return {"M": 128, "N": 64, "num_warps": 8, "num_stages": 2}
+        square = Tile(64, 64, 4, 2)
+        return Launches(Tile(128, 64, 8, 2), square, square)
     if row_bytes <= 512:
-        return {"M": 64, "N": 32, "num_warps": 4, "num_stages": 2}
-    return {"M": 32, "N": 16, "num_warps": 4, "num_stages": 2}
+        square = Tile(32, 32, 4, 2)
+        return Launches(Tile(64, 32, 4, 2), square, square)
+    square = Tile(16, 16, 4, 2)
+    return Launches(Tile(32, 16, 4, 2), square, square)
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

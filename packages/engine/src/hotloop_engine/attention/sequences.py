@@ -50,6 +50,12 @@ class Sequences:
         offsets = self.cu_seqlens.tolist()
         return list(pairwise(offsets))
 
+    def positions(self) -> Tensor:
+        """int64 [T]: the place of each token in its sequence, from 0. Never waits for the device."""
+        index = torch.arange(self.tokens, device=self.device)
+        starts = self.cu_seqlens[:-1].long()
+        return index - starts[torch.searchsorted(starts, index, right=True) - 1]
+
     @staticmethod
     def dense(batch: int, length: int, device: torch.device | str) -> Sequences:
         """`batch` rows of `length` tokens each, without padding. Never waits for the device."""
@@ -111,10 +117,11 @@ class Sequences:
     def from_cu_seqlens(cu_seqlens: Tensor, *, tokens: int) -> Sequences:
         """Offsets that a collator made: integers from 0, never falling. One device wait.
 
-        Empty sequences are dropped; tokens behind the last offset are padding, a sequence too.
+        Empty sequences are dropped.
 
         Raises:
-            DataError: the offsets do not start at 0, fall, or pass `tokens`.
+            DataError: the offsets do not start at 0, fall, or end elsewhere than at `tokens`: cut offsets would
+                let rows see each other.
 
         """
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
@@ -123,12 +130,15 @@ class Sequences:
             )
         offsets = cu_seqlens.cpu().numpy()
         falls = bool((np.diff(offsets) < 0).any())
-        if offsets[0] != 0 or falls or offsets[-1] > tokens:
+        if offsets[0] != 0 or falls or offsets[-1] != tokens:
             raise DataError(
                 f"cu_seqlens go from {offsets[0]} to {offsets[-1]}{' and fall' if falls else ''}; "
-                f"expected them to rise from 0 to at most {tokens}, the tokens of the batch."
+                f"expected them to rise from 0 to {tokens}, the tokens of the batch. If something cut them "
+                "(accelerate cuts every tensor of a streamed batch), set "
+                "accelerator_config={'dispatch_batches': False}; if the batch is padded behind its last row, add "
+                "the padding's end as a last offset."
             )
-        return _from_offsets(np.append(offsets, tokens), cu_seqlens.device)
+        return _from_offsets(offsets, cu_seqlens.device)
 
 
 def _from_starts(starts_BS: np.ndarray, device: torch.device) -> Sequences:

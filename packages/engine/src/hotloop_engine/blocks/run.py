@@ -172,8 +172,14 @@ class Run:
             block_input = self._input(i)
             self._bring(i)
             saved.pop(self.blocks[i].input_name)
-            # The layer below most likely ends as this one does, and likes the same room for its dy.
-            leave = self.blocks[i - 1].gradient_room(tokens, dtype) if i or need_dx else None
+            leave = None
+            if i:
+                leave = self.blocks[i - 1].gradient_room(tokens, dtype)
+            elif need_dx:
+                # The layer below most likely ends as this one does, and likes the same room for its dy; dx may lie over
+                # this block's dy, if that is in a buffer of this run.
+                own = room is not None and len(self.blocks) > 1
+                leave = room if own else self.blocks[-1].gradient_room(tokens, dtype)
             assert dx is not None
             dx = self.blocks[i].backward(
                 dx,

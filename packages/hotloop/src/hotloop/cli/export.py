@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from .terminal import console, errors, examples, print_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from hotloop_core import ExportReport
+
+    from hotloop.exporting.check import Check
+    from hotloop.exporting.source import Opened
 
 
 @examples(
-    "hotloop export runs/first --format gguf --quant q8_0,f16",
+    "hotloop export runs/first --format gguf --quant q4_k_m,q8_0 --check",
+    "hotloop export runs/first --format gguf --quant q3_k_m,imatrix --imatrix data",
     "hotloop export runs/first --format safetensors --output merged",
+    "hotloop export runs/first --format gguf --push owner/name",
 )
 def export(
     source: Annotated[str, typer.Argument(help="A run directory, or a model's name or path.")],
@@ -28,6 +34,41 @@ def export(
     output: Annotated[
         Path | None, typer.Option(help="Directory; default: export/FORMAT in the run.")
     ] = None,
+    base: Annotated[
+        Literal["trained", "original"],
+        typer.Option(
+            help="QLoRA: merge into the dequantised 4-bit weights, or the 16-bit originals."
+        ),
+    ] = "trained",
+    compare_bases: Annotated[
+        bool,
+        typer.Option("--compare-bases", help="QLoRA: held-out loss on both bases, before writing."),
+    ] = False,
+    imatrix: Annotated[
+        str | None,
+        typer.Option(
+            help='Importance matrix: a file of llama.cpp, or "data": measured on the run\'s.'
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help='Largest file, such as "4GB"; GGUF is one file otherwise.')
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where weights are merged and encoded; default: the card.")
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Load each GGUF with llama.cpp and compare with the model."),
+    ] = False,
+    check_text: Annotated[
+        Path | None, typer.Option(help="Text to compare on, a paragraph at a time.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Send the files to this repository of the hub: owner/name.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push: a new repository is public.")
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that exist.")
     ] = False,
@@ -38,52 +79,113 @@ def export(
     from hotloop_core.errors import ConfigError
 
     discover().exporter(format_)  # a misspelt format is told before a model is loaded
-    is_run = (Path(source) / "recipe.yaml").is_file()
-    if output is None and not is_run:
+    run = Path(source) / "recipe.yaml"
+    if output is None and not run.is_file():
         raise ConfigError(
             f"{source} is not a run directory; say where the files go: --output DIRECTORY"
         )
+    if check and format_ != "gguf":
+        raise ConfigError("--check loads GGUF files with llama.cpp; leave it out for other formats")
+    from hotloop.exporting.source import open_source
+
     target = output or Path(source) / "export" / format_
-    model, tokenizer = _load(source, is_run=is_run)
-    from rich.progress import Progress
+    result: dict[str, Any] = {}
+    if compare_bases:
+        from hotloop.exporting.bases import compare_bases as compare
+
+        both = open_source(source)
+        losses = compare(both.model, both.held_out())
+        result["held_out_loss"] = asdict(losses)
+        errors().print(str(losses), highlight=False)
+        del both
+    opened = open_source(source, base=base)
+    report = _write(opened, target, format_, quant, imatrix, max_shard_size, device, overwrite)
+    checks = _check(opened, report, check_text) if check else []
+    files = [file.path for file in report.files]
+    from hotloop.exporting.card import run_facts, write_card
+
+    facts = {} if opened.run is None else run_facts(opened.run)
+    card = write_card(target, report, facts, name=opened.name or Path(source).name)
+    result |= {
+        "format": report.format,
+        "quants": report.quants,
+        "files": [
+            {"path": str(f.path), "bytes": f.bytes, "sha256": f.sha256} for f in report.files
+        ],
+        "notes": report.notes,
+        "checks": [asdict(found) for found in checks],
+    }
+    if push is not None:
+        from hotloop.exporting.hub import push as send
+
+        result["pushed"] = send(
+            target, push, files=[*files, target / "README.md"], private=not public
+        )
+    if as_json:
+        print_json(result)
+        return
+    console().print(str(report), markup=False, highlight=False)
+    for found in checks:
+        console().print(str(found), markup=False, highlight=False)
+    if card is not None:
+        console().print(f"  {card.name}: what it was made of", markup=False, highlight=False)
+    if push is not None:
+        console().print(f"pushed to {result['pushed']}", markup=False, highlight=False)
+
+
+def _write(
+    opened: Opened,
+    target: Path,
+    format_: str,
+    quant: str | None,
+    imatrix: str | None,
+    max_shard_size: str | None,
+    device: str | None,
+    overwrite: bool,
+) -> ExportReport:
+    import torch
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from hotloop.exporting import export as write
+    from hotloop.exporting import measure_importance
+    from hotloop.planner import parse_bytes
 
-    with Progress(console=errors(), transient=True) as bar:
+    importance: Any = imatrix
+    if imatrix == "data":
+        errors().print("measuring importance on the run's data", highlight=False)
+        importance = measure_importance(opened.model, opened.data(), source=str(opened.run))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), console=errors(), transient=True) as bar:
         task = bar.add_task("writing", total=None)
         report = write(
-            model,
-            tokenizer,
+            opened.model,
+            opened.tokenizer,
             target,
             format=format_,
             quant=None if quant is None else [name.strip() for name in quant.split(",")],
-            name=Path(source).resolve().name if is_run else None,
+            importance=importance,
+            device=device or ("cuda" if torch.cuda.is_available() else None),
+            max_shard_bytes=None if max_shard_size is None else parse_bytes(max_shard_size),
+            name=opened.name,
             overwrite=overwrite,
             progress=lambda done, total, name: bar.update(
                 task, completed=done, total=total, description=name
             ),
         )
-    if as_json:
-        files = [{"path": str(f.path), "bytes": f.bytes, "sha256": f.sha256} for f in report.files]
-        print_json(
-            {
-                "format": report.format,
-                "quants": report.quants,
-                "files": files,
-                "notes": report.notes,
-            }
-        )
-        return
-    console().print(str(report), markup=False, highlight=False)
+    return report if opened.note is None else replace(report, notes=(*report.notes, opened.note))
 
 
-def _load(source: str, *, is_run: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if not is_run:
-        from hotloop.loading import load
+def _check(opened: Opened, report: ExportReport, text: Path | None) -> list[Check]:
+    from hotloop.exporting.check import TEXTS, check_gguf
 
-        return load(source, bits=16, wire=False)
-    from hotloop.training.directory import open_run
-    from hotloop.training.models import load_trained
-
-    directory, recipe = open_run(source)
-    return load_trained(recipe, directory.trained())
+    texts = TEXTS
+    if text is not None:
+        texts = tuple(p for p in text.read_text(encoding="utf-8").split("\n\n") if p.strip())
+    models = [
+        file.path
+        for file in report.files
+        if file.path.suffix == ".gguf"
+        and not file.path.stem.endswith(("-imatrix", "-adapter"))
+        and ("-of-" not in file.path.stem or "-00001-of-" in file.path.stem)
+    ]
+    return [check_gguf(path, opened.model, opened.tokenizer, texts=texts) for path in models]

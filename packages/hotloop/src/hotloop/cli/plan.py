@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .terminal import console, examples, print_json
 
+if TYPE_CHECKING:
+    from hotloop_core import Plan
+    from rich.table import Table
+
+    from hotloop.planner import Line, Outlook
+
 
 @examples(
     "hotloop plan meta-llama/Llama-3.1-8B --tokens 8192 --vram 24GiB",
     "hotloop plan ./config.json --tokens 16384 --longest 2048 --lora 16 --card H100",
+    "hotloop plan ./config.json --tokens 8192 --card 24GiB,165TFLOP/s,1008GB/s,25GB/s",
 )
 def plan(
     model: Annotated[
@@ -23,47 +31,118 @@ def plan(
     full: Annotated[bool, typer.Option("--full", help="Full fine-tuning, no adapter.")] = False,
     bits: Annotated[int, typer.Option(help="4 or 16.")] = 4,
     vram: Annotated[str | None, typer.Option(help='Memory budget, such as "24GiB".')] = None,
+    host: Annotated[
+        str | None, typer.Option(help='Host memory that may be pinned, such as "48GiB".')
+    ] = None,
     card: Annotated[
-        str | None, typer.Option(help="A card's name, where it is not in this machine.")
+        str | None,
+        typer.Option(
+            help="A card's name, or its memory, 16-bit peak, memory rate and host link, where it is "
+            "not in this machine."
+        ),
     ] = None,
     optimizer: Annotated[str, typer.Option(help="As in a recipe.")] = "adamw_8bit",
+    nf4_kv: Annotated[
+        bool, typer.Option("--nf4-kv", help="Keys and values wait in NF4: less memory, lossy.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Say where every tensor would live, and what that costs, before anything is loaded."""
+    """Say where every tensor would live, and what that costs, before anything is loaded.
+
+    Below the plan: the same batch in other budgets, and longer sequences in the same budget.
+    """
+    from hotloop.planner import Request, outlook
     from hotloop.planner import plan as make_plan
 
-    planned = make_plan(
-        model,
-        tokens=tokens,
-        longest=longest,
-        lora=None if full else lora,
-        full_finetuning=full,
-        bits=bits,
-        vram=vram,
-        card=card,
-        optimizer=optimizer,
-    )
+    options: dict[str, Any] = {
+        "tokens": tokens,
+        "longest": longest,
+        "lora": None if full else lora,
+        "full_finetuning": full,
+        "bits": bits,
+        "vram": vram,
+        "host": host,
+        "card": card,
+        "optimizer": optimizer,
+        "nf4_kv": nf4_kv,
+    }
+    planned = make_plan(model, **options)
+    around = outlook(model, Request(**options))
     if as_json:
-        layers = [
-            {
-                "placements": {k: v.value for k, v in layer.placements.items()},
-                "streamed": layer.streamed,
-            }
-            for layer in planned.layers
-        ]
-        values = {
-            name: getattr(planned, name)
-            for name in ("tokens", "longest", "budget", "card", "notes")
-        }
-        memory, step_ms = dict(planned.memory), dict(planned.step_ms)
-        print_json(
-            {
-                **values,
-                "peak_bytes": planned.peak_bytes,
-                "memory": memory,
-                "step_ms": step_ms,
-                "layers": layers,
-            }
-        )
+        print_json({**_values(planned), "outlook": _outlook_values(around)})
         return
-    console().print(str(planned), markup=False)
+    out = console()
+    out.print(str(planned), markup=False)
+    for table in _tables(planned, around):
+        out.print(table, soft_wrap=False)
+
+
+def _values(planned: Plan) -> dict[str, Any]:
+    """A plan for programs: its fields, with placements as text."""
+    layers = [
+        {
+            **asdict(layer),
+            "placements": {name: where.value for name, where in layer.placements.items()},
+        }
+        for layer in planned.layers
+    ]
+    return {
+        **asdict(planned),
+        "peak_bytes": planned.peak_bytes,
+        "host_bytes": planned.host_bytes,
+        "layers": layers,
+    }
+
+
+def _outlook_values(around: Outlook) -> dict[str, Any]:
+    def line(row: Line) -> dict[str, Any]:
+        return {
+            "budget": row.budget,
+            "tokens": row.tokens,
+            "longest": row.longest,
+            "longest_context": row.context,
+            "tokens_per_second": row.tokens_per_second,
+            "peak_bytes": None if row.plan is None else row.plan.peak_bytes,
+            "host_bytes": None if row.plan is None else row.plan.host_bytes,
+        }
+
+    return {
+        "least_bytes": around.least,
+        "budgets": [line(row) for row in around.budgets],
+        "contexts": [line(row) for row in around.contexts],
+    }
+
+
+def _tables(planned: Plan, around: Outlook) -> list[Table]:
+    from hotloop_core.plan import amount
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    from hotloop.planner import summary
+
+    made: list[Table] = []
+    for title, rows, column in (
+        (f"{planned.tokens:,} tokens a step in other budgets", around.budgets, "budget"),
+        ("one sequence, within this budget", around.contexts, "tokens"),
+    ):
+        if not rows:
+            continue
+        columns = [column, "tokens/s", "peak", "host", "plan"]
+        columns += ["longest context"] if column == "budget" else []
+        table = Table(title=title, title_justify="left", box=SIMPLE)
+        for name in columns:
+            table.add_column(name, justify="left" if name == "plan" else "right")
+        for row in rows:
+            first = amount(row.budget or 0) if column == "budget" else f"{row.tokens:,}"
+            speed = row.tokens_per_second
+            cells = [first, "" if speed is None else f"{speed:,.0f}"]
+            if row.plan is None:
+                cells += ["", "", "does not fit"]
+            else:
+                used = row.plan.host_bytes
+                cells += [amount(row.plan.peak_bytes), amount(used) if used else ""]
+                cells.append(summary(row.plan))
+            cells += [f"{row.context:,}"] if column == "budget" else []
+            table.add_row(*cells)
+        made.append(table)
+    return made

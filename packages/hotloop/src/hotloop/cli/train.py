@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,13 +49,17 @@ def train(
     from hotloop.training.run import Run
 
     with Run(checked, resume=resume, overwrite=overwrite, console=errors()) as run:
-        describe(run)
-        if dry_run:
+        if run.main:
+            describe(run)
+        if dry_run and run.main:
             from .data import show_row
 
             show_row(run.tokenizer, run.data.train[0], "first row")
+        if dry_run:
             return
         report = run.train()
+        if not run.main:
+            return
     console().print(str(report), markup=False)
     console().print(f"Talk to it: hotloop chat {report.directory}", markup=False)
 
@@ -63,13 +68,17 @@ def describe(run: Run) -> None:
     """Prints the data, the bins, the steps and the plan."""
     out = errors()
     out.print(str(run.data.report), markup=False)
-    if run.bins.packing is not None:
-        out.print(str(run.bins.packing), markup=False)
+    if run.recipe.data.packing:
+        report = run.data.report  # rows were cut, if at all, before they were packed
+        lost = {"rows_overlong": report.overlong, "tokens_dropped": report.dropped_tokens}
+        out.print(str(replace(run.bins.packing, **lost)), markup=False)
     schedule = run.recipe.schedule
-    batch = schedule.batch_size * schedule.gradient_accumulation
+    ranks = run.processes.num_processes
+    batch = schedule.batch_size * schedule.gradient_accumulation * ranks
     trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     out.print(
-        f"{run.steps:,} steps of {batch} bins; {trained:,} trained parameters on {run.device}"
+        f"{run.steps:,} steps of {batch} bins; {trained:,} trained parameters on "
+        + (f"{ranks} processes" if ranks > 1 else str(run.device))
     )
     if run.plan is not None:
         out.print(str(run.plan), markup=False)

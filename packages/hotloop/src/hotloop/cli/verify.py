@@ -94,7 +94,7 @@ def _rows(path: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> dict[st
     """As many of the first rows as fit, packed; a first row that is too long is cut."""
     from hotloop.training.batches import collate
     from hotloop.training.recipe import DataSection
-    from hotloop.training.render import Renderer, find_form
+    from hotloop.training.render import Renderer, Row, find_form
     from hotloop.training.rows import read_rows
 
     section = DataSection(path=path)
@@ -106,4 +106,4 @@ def _rows(path: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> dict[st
         if sum(map(len, rows)) + len(row) > tokens:
             break
         rows.append(row)
-    return collate([rows])
+    return collate([[Row(row.ids, row.labels) for row in rows]])  # without weights of messages

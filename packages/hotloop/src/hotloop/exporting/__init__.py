@@ -5,21 +5,29 @@ from __future__ import annotations
 import importlib
 import re
 import tempfile
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hotloop_core import ExportReport, ExportRequest, discover, facts_of
 from hotloop_core.errors import BrokenPluginError, ConfigError, ExportError, UnsupportedError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+from .bases import NOTES, Base, compare_bases
+from .checkpoint import on_original, open_checkpoint
+from .hub import push
+from .importance import measure_importance
 
-    from hotloop_core import ExporterSpec, FamilySpec, ModelFacts, Registry
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    import torch
+    from hotloop_core import ExporterSpec, FamilySpec, Importance, ModelFacts, Registry
     from hotloop_core.exporter import Contents
 
     from .stream import Tensors
 
-__all__ = ["export"]
+__all__ = ["compare_bases", "export", "measure_importance", "open_checkpoint", "push"]
 
 
 def export(
@@ -29,8 +37,11 @@ def export(
     *,
     format: str,
     quant: str | Sequence[str] | None = None,
+    base: Base = "trained",
+    importance: Importance | str | Path | None = None,
+    device: str | torch.device | None = None,
     overwrite: bool = False,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     name: str | None = None,
     family: str | None = None,
@@ -45,8 +56,13 @@ def export(
         directory: where the files go; made where it is missing.
         format: the name of an installed exporter ("safetensors", "gguf").
         quant: what that exporter calls it ("16bit", "adapter"; "q8_0", "q4_k_m"), or several, written in one pass.
+        base: what an adapter on a 4-bit base is merged into: "trained", the dequantised weights that it was trained
+            against, or "original", the 16-bit weights that these were made from. The report says which.
+        importance: what each column counts for (`measure_importance`), or a file of it that the format knows
+            (llama.cpp's imatrix); formats that search their roundings weight them by it.
+        device: where tensors are brought, a block of rows at a time, merged and encoded; None: where each is.
         overwrite: replace outputs that exist.
-        max_shard_bytes: largest size of one file, for formats that split.
+        max_shard_bytes: largest size of one file; the format's own habit where None (safetensors 5 GB, gguf one file).
         progress: called with (tensors done, tensors in all, name of the tensor).
         name: the model's name in file names and metadata; the last part of its name or path where None.
         family: the family's name, where two plugins claim the model type.
@@ -66,34 +82,56 @@ def export(
     exporter = registry.exporter(format)
     quants = _quants(exporter, quant)
     contents: Contents = "adapter" if quants[0] in exporter.adapter_quants else "merged"
-    base = _base_model(model)
-    spec = registry.match(base.config.to_dict(), family=family)
+    if max_shard_bytes is not None and max_shard_bytes <= 0:
+        raise ConfigError(f"max_shard_bytes is {max_shard_bytes}, expected at least 1")
+    core = _base_model(model)
+    note = _merged_into(model, core, base, contents)
+    if base == "original":
+        model = on_original(model)
+        core = _base_model(model)
+    spec = registry.match(core.config.to_dict(), family=family)
     write = _writer(exporter)
     target = _directory(Path(directory))
     template = getattr(tokenizer, "chat_template", None)
     with tempfile.TemporaryDirectory(prefix="hotloop-export-") as temporary:
         source = Path(temporary)
-        tensors, facts = _prepare(model, base, spec, contents, source)
+        tensors, facts = _prepare(model, core, spec, contents, source, device)
         if tokenizer is not None:
             tokenizer.save_pretrained(source)
-        return write(
-            ExportRequest(
-                family=spec,
-                facts=facts,
-                tensors=tensors,
-                directory=target,
-                source=source,
-                name=_name(name or str(base.config.name_or_path or ""), target),
-                quants=quants,
-                contents=contents,
-                tokenize=None if tokenizer is None else _tokenize(tokenizer),
-                chat_template=template if isinstance(template, str) else None,
-                overwrite=overwrite,
-                max_shard_bytes=max_shard_bytes,
-                progress=progress,
-                metadata=dict(metadata or {}),
-            )
+        request = ExportRequest(
+            family=spec,
+            facts=facts,
+            tensors=tensors,
+            directory=target,
+            source=source,
+            name=_name(name or str(core.config.name_or_path or ""), target),
+            quants=quants,
+            contents=contents,
+            tokenize=None if tokenizer is None else _tokenize(tokenizer),
+            chat_template=template if isinstance(template, str) else None,
+            render=None if tokenizer is None else _render(tokenizer),
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_bytes,
+            importance=Path(importance) if isinstance(importance, str) else importance,
+            progress=progress,
+            metadata=dict(metadata or {}),
         )
+        with _full_precision():
+            report = write(request)
+    return report if note is None else replace(report, notes=(*report.notes, note))
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 in the merging products, whatever the program trains with."""
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _quants(exporter: ExporterSpec, quant: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -127,6 +165,18 @@ def _base_model(model: Any) -> Any:
             "Unwrap it first (accelerator.unwrap_model(model))."
         )
     return model
+
+
+def _merged_into(model: Any, core: Any, base: Base, contents: Contents) -> str | None:
+    """What the report says of the base, where there is a choice of it."""
+    if base not in NOTES:
+        raise ConfigError(f"base={base!r}; expected {' or '.join(NOTES)}")
+    if base == "original" and (contents == "adapter" or model is core):
+        raise ConfigError(
+            "base='original' says what an adapter is merged into; none is merged here"
+        )
+    in_4bit = getattr(core, "is_loaded_in_4bit", False)
+    return NOTES[base] if in_4bit and model is not core and contents == "merged" else None
 
 
 def _refuse_foreign_quantisation(base: Any) -> None:
@@ -164,9 +214,16 @@ def _writer(exporter: ExporterSpec) -> Callable[[ExportRequest], ExportReport]:
 
 
 def _prepare(
-    model: Any, base: Any, family: FamilySpec, contents: Contents, source: Path
+    model: Any,
+    base: Any,
+    family: FamilySpec,
+    contents: Contents,
+    source: Path,
+    device: str | torch.device | None,
 ) -> tuple[Tensors, ModelFacts]:
     """Saves what stands beside the weights into `source`; gives the weights, and the facts of what is exported."""
+    import torch
+
     from .places import Places
     from .sidecar import save_adapter, save_config
     from .stream import adapter_tensors, merged_tensors
@@ -177,13 +234,23 @@ def _prepare(
     if contents == "adapter":
         return adapter_tensors(save_adapter(model, source), places), facts
     _refuse_foreign_quantisation(base)
-    tensors, tied = merged_tensors(base, places, tied=facts.tied)
+    where = None if device is None else torch.device(device)
+    tensors, tied = merged_tensors(base, places, tied=facts.tied, device=where)
     save_config(base, source, tied=tied, dtype=tensors.dtype)
     return tensors, facts_of(family, config | {family.keys.tied: tied})
 
 
 def _tokenize(tokenizer: Any) -> Callable[[str], list[int]]:
     return lambda text: list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def _render(tokenizer: Any) -> Callable[[Sequence[Mapping[str, str]], bool], str]:
+    def render(messages: Sequence[Mapping[str, str]], opened: bool) -> str:
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=opened
+        )
+
+    return render
 
 
 def _name(asked: str, directory: Path) -> str:

@@ -9,6 +9,7 @@ All in float32, rounded by nobody here. The live model is only read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import ExportError, UnsupportedError
@@ -25,6 +26,7 @@ class Effective:
     """A tensor that the model computes with, under the name that it has in a plain checkpoint.
 
     shared: the live parameter where the tensor is that parameter, unchanged, so that ties are seen; else None.
+    rows: those rows of the first dimension alone, as `load` gives the whole; None where it cannot be had in parts.
     """
 
     name: str
@@ -32,10 +34,15 @@ class Effective:
     dtype: torch.dtype
     load: Callable[[], Tensor]
     shared: Tensor | None
+    rows: Callable[[int, int], Tensor] | None = None
 
 
-def effective_tensors(module: nn.Module, prefix: str = "") -> Iterator[Effective]:
+def effective_tensors(
+    module: nn.Module, device: torch.device | None = None, prefix: str = ""
+) -> Iterator[Effective]:
     """Every tensor of `module`'s plain state dict, in its order, adapters merged away.
+
+    device: where they are brought and merged; None: where each is.
 
     Raises:
         UnsupportedError: an adapter or a quantisation that cannot be merged exactly, by the path of its module.
@@ -48,20 +55,20 @@ def effective_tensors(module: nn.Module, prefix: str = "") -> Iterator[Effective
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     if isinstance(module, AuxiliaryTrainingWrapper):
-        yield from effective_tensors(_active_module(module, prefix), prefix)
+        yield from effective_tensors(_active_module(module, prefix), device, prefix)
     elif isinstance(module, LoraLayer):
-        yield from _lora_tensors(module, prefix)
+        yield from _lora_tensors(module, device, prefix)
     elif isinstance(module, TrainableTokensLayer):
-        yield from _token_tensors(module, prefix)
+        yield from _token_tensors(module, device, prefix)
     elif isinstance(module, BaseTunerLayer):
         raise UnsupportedError(
             f"{prefix[:-1]}: adapters of type {type(module).__module__}.{type(module).__name__} are not merged; "
             "LoRA, DoRA and trainable tokens are. Merge it first with PEFT (merge_and_unload)."
         )
     else:
-        yield from _own_tensors(module, prefix)
+        yield from _own_tensors(module, device, prefix)
         for name, child in module.named_children():
-            yield from effective_tensors(child, f"{prefix}{name}.")
+            yield from effective_tensors(child, device, f"{prefix}{name}.")
 
 
 def dequantised(parameter: Tensor, name: str) -> Tensor:
@@ -75,14 +82,16 @@ def dequantised(parameter: Tensor, name: str) -> Tensor:
     return dequantize_4bit(parameter.detach(), state)
 
 
-def _own_tensors(module: nn.Module, prefix: str) -> Iterator[Effective]:
+def _own_tensors(
+    module: nn.Module, device: torch.device | None, prefix: str
+) -> Iterator[Effective]:
     transient: set[str] = module._non_persistent_buffers_set
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in transient:
-            yield _plain(tensor, f"{prefix}{name}")
+            yield _plain(tensor, device, f"{prefix}{name}")
 
 
-def _plain(tensor: Tensor, name: str) -> Effective:
+def _plain(tensor: Tensor, device: torch.device | None, name: str) -> Effective:
     state: Any = getattr(tensor, "quant_state", None)
     if state is None:
         _refuse_unreadable(tensor, name)
@@ -90,9 +99,16 @@ def _plain(tensor: Tensor, name: str) -> Effective:
         name=name,
         shape=tuple(tensor.shape if state is None else state.shape),
         dtype=tensor.dtype if state is None else state.dtype,
-        load=lambda: dequantised(tensor, name),
+        load=lambda: _moved(dequantised(tensor, name), device),
         shared=tensor,
+        rows=None
+        if state is not None or not tensor.ndim
+        else lambda start, stop: _moved(tensor.detach()[start:stop], device),
     )
+
+
+def _moved(tensor: Tensor, device: torch.device | None) -> Tensor:
+    return tensor if device is None else tensor.to(device)
 
 
 def _refuse_unreadable(tensor: Tensor, name: str) -> None:
@@ -131,9 +147,9 @@ def _active_adapters(layer: Any, path: str) -> list[str]:
     return [] if layer.merged or layer.disable_adapters else list(layer.active_adapters)
 
 
-def _token_tensors(layer: Any, prefix: str) -> Iterator[Effective]:
+def _token_tensors(layer: Any, device: torch.device | None, prefix: str) -> Iterator[Effective]:
     active = _active_adapters(layer, prefix[:-1])
-    for base in effective_tensors(layer.base_layer, prefix):
+    for base in effective_tensors(layer.base_layer, device, prefix):
         if base.name != f"{prefix}weight" or not active:
             yield base
             continue
@@ -141,12 +157,12 @@ def _token_tensors(layer: Any, prefix: str) -> Iterator[Effective]:
             name=base.name,
             shape=base.shape,
             dtype=base.dtype,
-            load=lambda: layer.get_merged_weights(active).detach(),
+            load=lambda: _moved(layer.get_merged_weights(active).detach(), device),
             shared=None,
         )
 
 
-def _lora_tensors(layer: Any, prefix: str) -> Iterator[Effective]:
+def _lora_tensors(layer: Any, device: torch.device | None, prefix: str) -> Iterator[Effective]:
     from peft.tuners.lora import Embedding, Linear
 
     path = prefix[:-1]
@@ -159,20 +175,31 @@ def _lora_tensors(layer: Any, prefix: str) -> Iterator[Effective]:
     held = layer.lora_embedding_A if embedding else layer.lora_A
     active = [name for name in _active_adapters(layer, path) if name in held]
     _check_variants(layer, active, path, embedding)
-    for base in effective_tensors(layer.base_layer, prefix):
+    for base in effective_tensors(layer.base_layer, device, prefix):
         part = base.name.removeprefix(prefix)
         biased = [a for a in active if layer.lora_bias.get(a)]
         if part == "weight" and active:
             merge = _merged_embedding if embedding else _merged_linear
-            yield _merged(base, lambda b=base, m=merge: m(layer, active, b.load()))
+            yield _merged(base, partial(merge, layer, active), in_rows=not layer.fan_in_fan_out)
         elif part == "bias" and biased:
-            yield _merged(base, lambda b=base, n=biased: _merged_bias(layer, n, b.load()))
+            yield _merged(base, partial(_merged_bias, layer, biased), in_rows=False)
         else:
             yield base
 
 
-def _merged(base: Effective, load: Callable[[], Tensor]) -> Effective:
-    return Effective(name=base.name, shape=base.shape, dtype=base.dtype, load=load, shared=None)
+def _merged(base: Effective, merge: Callable[..., Tensor], *, in_rows: bool) -> Effective:
+    """`base` with `merge(base rows, which rows)` done to it."""
+    some = base.rows
+    return Effective(
+        name=base.name,
+        shape=base.shape,
+        dtype=base.dtype,
+        load=lambda: merge(base.load(), slice(None)),
+        shared=None,
+        rows=None
+        if some is None or not in_rows
+        else lambda start, stop: merge(some(start, stop), slice(start, stop)),
+    )
 
 
 def _check_variants(layer: Any, active: list[str], path: str, embedding: bool) -> None:
@@ -191,7 +218,7 @@ def _check_variants(layer: Any, active: list[str], path: str, embedding: bool) -
             )
 
 
-def _merged_linear(layer: Any, active: list[str], base: Tensor) -> Tensor:
+def _merged_linear(layer: Any, active: list[str], base: Tensor, rows: slice) -> Tensor:
     import torch
 
     weight = base.float()
@@ -199,27 +226,27 @@ def _merged_linear(layer: Any, active: list[str], base: Tensor) -> Tensor:
         weight = weight.T
     for name in active:
         a = layer.lora_A[name].weight.detach().to(weight.device, torch.float32)
-        b = layer.lora_B[name].weight.detach().to(weight.device, torch.float32)
+        b = layer.lora_B[name].weight.detach()[rows].to(weight.device, torch.float32)
         weight = torch.addmm(weight, b, a, alpha=layer.scaling[name])
         if name in layer.lora_magnitude_vector:
-            magnitude = layer.lora_magnitude_vector[name].weight.detach().to(weight)
+            magnitude = layer.lora_magnitude_vector[name].weight.detach()[rows].to(weight)
             weight *= (magnitude / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1)
     return weight.T if layer.fan_in_fan_out else weight
 
 
-def _merged_embedding(layer: Any, active: list[str], base: Tensor) -> Tensor:
+def _merged_embedding(layer: Any, active: list[str], base: Tensor, rows: slice) -> Tensor:
     import torch
 
     weight = base.float()
     for name in active:
-        a = layer.lora_embedding_A[name].detach().to(weight.device, torch.float32)
+        a = layer.lora_embedding_A[name].detach()[:, rows].to(weight.device, torch.float32)
         b = layer.lora_embedding_B[name].detach().to(weight.device, torch.float32)
         weight = torch.addmm(weight, a.T, b.T, alpha=layer.scaling[name])
     return weight
 
 
-def _merged_bias(layer: Any, active: list[str], base: Tensor) -> Tensor:
+def _merged_bias(layer: Any, active: list[str], base: Tensor, rows: slice) -> Tensor:
     bias = base.float()
     for name in active:
-        bias = bias + layer.scaling[name] * layer.lora_B[name].bias.detach().to(bias)
+        bias = bias + layer.scaling[name] * layer.lora_B[name].bias.detach()[rows].to(bias)
     return bias

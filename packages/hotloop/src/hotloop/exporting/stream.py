@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from hotloop_core import TensorEntry
 from hotloop_core.errors import ExportError
 
-from .merging import Effective, effective_tensors
+from .merging import effective_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from torch import Tensor, dtype, nn
+    from torch import Tensor, device, dtype, nn
 
     from .places import Places
 
@@ -45,11 +45,14 @@ class Tensors:
         return elements.most_common(1)[0][0] if elements else "float32"
 
 
-def merged_tensors(model: nn.Module, places: Places, *, tied: bool) -> tuple[Tensors, bool]:
+def merged_tensors(
+    model: nn.Module, places: Places, *, tied: bool, device: device | None = None
+) -> tuple[Tensors, bool]:
     """The tensors of a transformers model with what PEFT put into it merged away, and whether its head is still tied.
 
     tied: what the config says. A head that shares its parameter with the embedding is left out where the config ties
-    them; one that an adapter has made different is given, and the answer is False.
+    them; one that an adapter has made different is given, and the answer is False. device: where tensors are brought
+    and merged; None: where each is.
 
     Raises:
         UnsupportedError, ExportError: see `merging.effective_tensors`.
@@ -58,7 +61,7 @@ def merged_tensors(model: nn.Module, places: Places, *, tied: bool) -> tuple[Ten
     entries: list[TensorEntry] = []
     seen: set[int] = set()
     head_given = False
-    for tensor in effective_tensors(model):
+    for tensor in effective_tensors(model, device):
         place, part = places.find(tensor.name)
         if tied and tensor.shared is not None:
             if id(tensor.shared) in seen:
@@ -73,7 +76,8 @@ def merged_tensors(model: nn.Module, places: Places, *, tied: bool) -> tuple[Ten
                 layer=place.layer,
                 shape=tensor.shape,
                 dtype=_name(tensor.dtype),
-                load=_finite(tensor.name, _without_grad(tensor)),
+                load=_checked(tensor.name, tensor.load),
+                rows=None if tensor.rows is None else _checked(tensor.name, tensor.rows),
             )
         )
     return Tensors(tuple(entries)), tied and not head_given
@@ -96,7 +100,7 @@ def adapter_tensors(file: Path, places: Places) -> Tensors:
             with safe_open(file, framework="pt") as again:
                 return again.get_tensor(name)
 
-        return _finite(name, load)
+        return _checked(name, load)
 
     entries: list[TensorEntry] = []
     for name in names:
@@ -126,28 +130,24 @@ def _name(kind: dtype) -> str:
     return str(kind).removeprefix("torch.")
 
 
-def _without_grad(tensor: Effective) -> Callable[[], Tensor]:
-    def load() -> Tensor:
+def _checked(name: str, load: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`load` without gradients and in full precision, refusing what is not finite."""
+
+    def checked(*rows: int) -> Tensor:
         import torch
 
-        with torch.no_grad():
-            return tensor.load()
-
-    return load
-
-
-def _finite(name: str, load: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    def checked() -> Tensor:
-        tensor = load()
-        if tensor.is_floating_point() and tensor.numel():
-            ends = tensor.aminmax()  # a NaN anywhere makes both NaN; one pass over the tensor
-            if not (ends.min.isfinite() and ends.max.isfinite()):
-                bad = tensor.numel() - int(tensor.isfinite().sum())
-                raise ExportError(
-                    f"{name} has {bad} of {tensor.numel()} values that are NaN or infinite. Nothing "
-                    "was written: training diverged or the checkpoint is damaged. Export an earlier "
-                    "checkpoint."
-                )
+        whole = (torch.autocast(kind, enabled=False) for kind in ("cpu", "cuda"))
+        with torch.no_grad(), next(whole), next(whole):
+            tensor = load(*rows)
+            if tensor.is_floating_point() and tensor.numel():
+                ends = tensor.aminmax()  # a NaN anywhere makes both NaN; one pass over the tensor
+                if not (ends.min.isfinite() & ends.max.isfinite()):
+                    bad = tensor.numel() - int(tensor.isfinite().sum())
+                    raise ExportError(
+                        f"{name} has {bad} of {tensor.numel()} values that are NaN or infinite. "
+                        "Nothing was written: training diverged or the checkpoint is damaged. "
+                        "Export an earlier checkpoint."
+                    )
         return tensor
 
     return checked

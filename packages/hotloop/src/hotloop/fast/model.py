@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from hotloop.planner.make import Placements
 
-Checkpointing = Literal["offload", "unsloth"] | bool
+Checkpointing = Literal["auto", "offload", "unsloth"] | bool
+
+_VRAM = "hotloop_vram"
+"""The attribute in which a model keeps the budget that it was loaded for."""
 
 
 def is_bfloat16_supported() -> bool:
@@ -54,7 +57,7 @@ class FastLanguageModel:
         device: str | torch.device | None = None,
         rope_scaling: Mapping[str, Any] | None = None,
         attn_implementation: str | None = None,
-        use_gradient_checkpointing: Checkpointing = "offload",
+        use_gradient_checkpointing: Checkpointing = "auto",
         family: str | None = None,
         **others: Any,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -88,9 +91,10 @@ class FastLanguageModel:
             local_files_only=local_files_only,
             rope_scaling=rope_scaling,
             full_finetuning=full_finetuning,
-            placements=_placements(use_gradient_checkpointing),
+            placements=_placements(use_gradient_checkpointing, vram),
         )
         model.__dict__["max_seq_length"] = max_seq_length
+        model.__dict__[_VRAM] = vram
         _add_saving(model)
         return model, tokenizer
 
@@ -102,7 +106,7 @@ class FastLanguageModel:
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: Literal["none", "all", "lora_only"] = "none",
-        use_gradient_checkpointing: Checkpointing = "offload",
+        use_gradient_checkpointing: Checkpointing = "auto",
         random_state: int = 3407,
         use_rslora: bool = False,
         modules_to_save: Sequence[str] | None = None,
@@ -111,10 +115,10 @@ class FastLanguageModel:
     ) -> PeftModel:
         """`hotloop.add_lora` under the field's names.
 
-        use_gradient_checkpointing: "offload" (or "unsloth"): the fastest plan that fits the memory;
-        offloading to host memory is not built yet, so what does not fit is recomputed, and the plan
-        says so. True: recompute every layer.
-        False: keep everything. `others` is only there to be refused by name.
+        use_gradient_checkpointing: "auto": the fastest plan that fits the memory. "offload": every layer's input waits
+        on the host and all else is recomputed; under a budget (`vram` of from_pretrained) the fastest plan that fits.
+        "unsloth" is what scripts for others say; it means "offload". True: recompute every layer. False: keep
+        everything. `others` is only there to be refused by name.
 
         Raises:
             UnsupportedError, UnknownArgumentError: an argument that Hotloop does not have. Else as
@@ -148,7 +152,7 @@ class FastLanguageModel:
             rslora=use_rslora,
             bias=bias,
             modules_to_save=modules_to_save,
-            placements=_placements(use_gradient_checkpointing),
+            placements=_placements(use_gradient_checkpointing, getattr(model, _VRAM, None)),
         )
         _add_saving(adapted)
         return adapted
@@ -161,7 +165,8 @@ class FastLanguageModel:
         None: as planned.
         """
         if use_gradient_checkpointing is not None:
-            _replan(model, _placements(use_gradient_checkpointing))
+            vram = getattr(model, _VRAM, None)
+            _replan(model, _placements(use_gradient_checkpointing, vram))
         model.config.use_cache = False
         return model.train()
 
@@ -180,18 +185,12 @@ def _names(function: Any) -> list[str]:
     return [n for n in inspect.signature(function).parameters if n not in ("others", "model")]
 
 
-def _placements(checkpointing: Checkpointing) -> Placements | None:
-    match checkpointing:
-        case True:
-            return "recompute"
-        case False:
-            return "keep"
-        case "offload" | "unsloth":
-            return None
-    raise ConfigError(
-        f"use_gradient_checkpointing={checkpointing!r}; expected 'offload' (or 'unsloth'), True or "
-        "False"
-    )
+def _placements(checkpointing: Checkpointing, vram: str | int | None) -> Placements | None:
+    from hotloop.planner import checkpointing_placements
+
+    if checkpointing in ("offload", "unsloth"):
+        return None if vram is not None else "offload"
+    return checkpointing_placements(checkpointing)
 
 
 def _replan(model: PreTrainedModel, placements: Placements | None) -> None:
@@ -203,7 +202,12 @@ def _replan(model: PreTrainedModel, placements: Placements | None) -> None:
         return
     now = receipt.plan
     new = plan(
-        model, tokens=now.tokens, longest=now.longest, vram=now.budget, placements=placements
+        model,
+        tokens=now.tokens,
+        longest=now.longest,
+        vram=now.budget,
+        placements=placements,
+        homes=now,
     )
     receipt.replan(new)
 

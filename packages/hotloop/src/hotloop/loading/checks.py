@@ -10,10 +10,9 @@ from hotloop_core.errors import CheckpointError, ConfigError
 from .source import refuse_pickles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
-    import torch
     from hotloop_core import ModelFacts
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,7 +37,7 @@ def weight_files(directory: Path) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(
-            f"{directory} lacks {_some(missing)} of its {len(files)} weight files; copy or "
+            f"{directory} lacks {some(missing)} of its {len(files)} weight files; copy or "
             "download it again"
         )
     for file in files:
@@ -52,36 +51,26 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def stored_tensors(files: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of safetensors files, one at a time."""
-    from safetensors import safe_open
+def is_finite(tensor: Tensor) -> Tensor | None:
+    """Whether no element is NaN or infinite, as a tensor on the same device; None where there is nothing to tell.
 
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                yield name, tensors.get_tensor(name)
-
-
-def require_finite(tensors: Iterable[tuple[str, Tensor]], device: torch.device, what: str) -> None:
-    """Raises CheckpointError, naming tensors, where one holds NaN or infinity.
-
-    The largest and the smallest element tell: NaN passes through both. One pass over the weights,
-    on the device they go to; before quantisation, which would hide it.
+    The largest and the smallest element tell: NaN passes through both. One pass, before quantisation, which hides it.
     """
     import torch
 
-    bad: list[str] = []
-    for name, tensor in tensors:
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        if tensor.element_size() == 1:  # float8 has no reductions
-            tensor = tensor.float()
-        low, high = torch.aminmax(tensor.detach().to(device))
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            bad.append(name)
+    if not tensor.is_floating_point() or not tensor.numel():
+        return None
+    if tensor.element_size() == 1:  # float8 has no reductions
+        tensor = tensor.float()
+    low, high = torch.aminmax(tensor.detach())
+    return torch.isfinite(low) & torch.isfinite(high)
+
+
+def refuse_non_finite(bad: Sequence[str], what: str) -> None:
+    """Raises CheckpointError, naming tensors, where there are any that hold NaN or infinity."""
     if bad:
         raise CheckpointError(
-            f"{what}: {len(bad)} tensors hold NaN or infinity: {_some(bad)}. Training cannot "
+            f"{what}: {len(bad)} tensors hold NaN or infinity: {some(bad)}. Training cannot "
             "recover from that; take an earlier checkpoint."
         )
 
@@ -95,7 +84,7 @@ def require_complete(info: Mapping[str, Any], what: str) -> None:
         "error_msgs": "failed",
     }
     problems = [
-        f"{title}: {_some(sorted(map(_key, info[kind])))}"
+        f"{title}: {some(sorted(map(_key, info[kind])))}"
         for kind, title in titles.items()
         if info.get(kind)
     ]
@@ -160,7 +149,8 @@ def positions(facts: ModelFacts, scaled: Mapping[str, Any] | None) -> int:
     return max(facts.max_positions, int(original * float(rope.get("factor") or 1.0)))
 
 
-def _some(names: Iterable[str], limit: int = 5) -> str:
+def some(names: Iterable[str], limit: int = 5) -> str:
+    """The first few of `names`, and how many more there are."""
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more

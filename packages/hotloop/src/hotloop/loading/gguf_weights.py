@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hotloop_core.errors import UnsupportedError
+
+from .stored import Stored
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,10 +55,10 @@ def gguf_name(exported: ExportFacts, role: str, layer: int | None = None) -> str
     return None if name is None else name.format(layer=layer)
 
 
-def gguf_state_dict(
+def gguf_tensors(
     file: GgufFile, spec: FamilySpec, facts: ModelFacts, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Every tensor of the file, dequantised to `dtype` on the host, by state-dict key.
+) -> dict[str, Stored]:
+    """Every tensor of the file by state-dict key, each dequantised to `dtype` on the host when it is loaded.
 
     A tensor that the family has no place for keeps its own name, so that it is reported as surplus.
 
@@ -63,8 +66,6 @@ def gguf_state_dict(
         UnsupportedError: the family does not say how it is kept in a GGUF file.
 
     """
-    import torch
-
     exported = spec.exports.get("gguf")
     if exported is None:
         raise UnsupportedError(
@@ -79,21 +80,30 @@ def gguf_state_dict(
         for part in ("weight", "bias"):
             key = f"{name}.{part}"
             places[key] = (f"{path}.{part}", exported.transforms.get(role))
-    state: dict[str, Tensor] = {}
-    for name in file.tensors:
+    found: dict[str, Stored] = {}
+    for name, tensor in file.tensors.items():
         if name in _NOT_WEIGHTS:
             continue
-        tensor = torch.from_numpy(file.dequantise(name))
         key, transform = places.get(name, (name, None))
-        if transform is not None:
-            if transform not in _INVERSES:
-                raise UnsupportedError(
-                    f"family {spec.name!r}: the transform {transform!r} of {name} cannot be undone "
-                    f"here; known are {', '.join(_INVERSES)}"
-                )
-            tensor = _INVERSES[transform](tensor, facts)
-        state[key] = tensor.to(dtype)
-    return state
+        if transform is not None and transform not in _INVERSES:
+            raise UnsupportedError(
+                f"family {spec.name!r}: the transform {transform!r} of {name} cannot be undone "
+                f"here; known are {', '.join(_INVERSES)}"
+            )
+        make = partial(_dequantised, file, name, transform, facts, dtype)
+        found[key] = Stored(key, tensor.shape, dtype, make=make)
+    return found
+
+
+def _dequantised(
+    file: GgufFile, name: str, transform: str | None, facts: ModelFacts, dtype: torch.dtype
+) -> Tensor:
+    import torch
+
+    tensor = torch.from_numpy(file.dequantise(name))
+    if transform is not None:
+        tensor = _INVERSES[transform](tensor, facts)
+    return tensor.to(dtype)
 
 
 def _paths(spec: FamilySpec, facts: ModelFacts) -> Iterator[tuple[str, int | None, str]]:

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from hotloop_core import FamilySpec, ModelFacts, discover, facts_of
+from hotloop_core import discover, facts_of
 from hotloop_core.errors import (
-    CheckpointError,
     ConfigError,
     DeviceMemoryError,
+    PlanError,
     SecurityError,
     UnsupportedError,
 )
 
 from . import checks
-from .gguf_file import read_gguf
-from .gguf_weights import gguf_state_dict
-from .quantize import nf4_config, require_bits, settle_
+from .quantize import require_bits
 from .source import Hub, Source, fetch, locate
 from .tokenizer import read_tokenizer
+from .weights import Wanted, read_weights
 
 if TYPE_CHECKING:
     import os
-    from pathlib import Path
 
     import torch
+    from hotloop_core import ModelFacts, Plan
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from hotloop.planner.make import Placements
@@ -49,6 +49,7 @@ def load(
     rope_scaling: Mapping[str, Any] | None = None,
     full_finetuning: bool = False,
     placements: Placements | None = None,
+    plan: Plan | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a model for training, checks it and wires it.
 
@@ -74,20 +75,23 @@ def load(
         rope_scaling: rope parameters put over the config's, for sequences beyond its positions.
         full_finetuning: every weight trains (bits=16). Otherwise all are frozen, for `add_lora`.
         placements: fixed choices for the plan.
+        plan: carried out as it is, instead of one made for `vram` and `placements`.
 
-    The model's `use_cache` is off, as training needs it; `generate` still uses its cache.
+    Each tensor is read straight to the home that the plan gives it, or the whole model by transformers where it has to
+    rename or convert what is stored; `hotloop.loading.load_report(model)` says which, and why. The model's
+    `use_cache` is off, as training needs it; `generate` still uses its cache.
 
     Raises:
         NoFamilyError: no installed plugin handles it (told before any weight is read).
         SecurityError: pickled weights, or code that was not asked for.
         CheckpointError: missing, truncated, surplus or non-finite tensors.
         ConfigError: arguments, config, tokenizer and weights that do not go together.
-        BudgetError: nothing fits `vram`; names the least that would do.
+        BudgetError: nothing fits `vram`; names the least that would do. Or the host cannot lock the memory that the
+            plan wants of it.
+        PlanError: a plan for another model.
 
     """
     import torch
-
-    from hotloop.planner import plan
 
     if bits not in (4, 16):
         raise ConfigError(
@@ -109,52 +113,77 @@ def load(
     dtype = _dtype(dtype, where)
     tokenizer = read_tokenizer(source, remote_code=trust_remote_code)
     checks.require_vocabulary(tokenizer, facts, source.name)
-    planned = None
-    if wire or vram is not None or placements is not None:
-        planned = plan(
+    if plan is not None and (vram is not None or placements is not None):
+        raise ConfigError(
+            "plan= is carried out as it is; pass it, or vram and placements to make one"
+        )
+    if plan is None and (wire or vram is not None or placements is not None):
+        from hotloop.planner import plan as make_plan
+
+        plan = make_plan(
             facts,
             tokens=max_seq_len,
             vram=vram,
+            lora=_rank(source),
             bits=bits,
             dtype=dtype,
             full_finetuning=full_finetuning,
             placements=placements,
         )
-    options: dict[str, Any] = {
-        "config": config,
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-        **_weights(source, files, spec, facts, dtype, where, checked=not stored_in_4bit),
-    }
-    if attn is not None:
-        options["attn_implementation"] = attn
-    if bits == 4 and not stored_in_4bit:
-        options["quantization_config"] = nf4_config(dtype)
-    if where.type != "cpu":
-        options["device_map"] = {"": where}
+    if plan is not None:
+        _require_plan(plan, facts, full_finetuning)
+    wanted = Wanted(
+        config=config,
+        dtype=dtype,
+        device=where,
+        bits=bits,
+        stored_in_4bit=stored_in_4bit,
+        attn=attn,
+        remote_code=trust_remote_code,
+        trains=full_finetuning,
+        plan=plan,
+    )
     try:
-        model = _model(source.name, options)
+        model = read_weights(source, files, spec, facts, wanted)
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
-            f"out of device memory while loading {source.name}. {planned or ''}\nClose what else "
+            f"out of device memory while loading {source.name}. {plan or ''}\nClose what else "
             f"uses the card, load with bits=4, or choose a smaller model. ({error})"
         ) from error
-    if bits == 4:
-        settle_(model, dtype)
+    model.config.name_or_path = model.name_or_path = source.name
     model.config.use_cache = False
-    model.requires_grad_(full_finetuning)
     if source.adapter is not None:
         from peft import PeftModel
 
         adapted: Any = PeftModel.from_pretrained(model, str(source.adapter), is_trainable=True)
         model = adapted
-        if planned is not None:
-            planned = plan(model, tokens=max_seq_len, vram=vram, placements=placements)
     if wire:
         from hotloop.wiring import wire as wire_model
 
-        wire_model(model, planned, family=family)
+        wire_model(model, plan, family=family)
     return model, tokenizer
+
+
+def _rank(source: Source) -> int | None:
+    """The rank of an adapter that comes with the base, for the plan."""
+    if source.adapter is None:
+        return None
+    config = json.loads((source.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return config.get("r")
+
+
+def _require_plan(plan: Plan, facts: ModelFacts, full_finetuning: bool) -> None:
+    if len(plan.layers) != facts.layers:
+        raise PlanError(
+            f"the plan is for {len(plan.layers)} layers, the model has {facts.layers}; make one for it: "
+            "hotloop.plan(name, tokens=...)"
+        )
+    away = plan.embedding_on_host or plan.head_on_host or any(p.streamed for p in plan.layers)
+    if away and full_finetuning:
+        raise PlanError(
+            "the plan keeps weights on the host, where only frozen ones can live, but full_finetuning=True trains all. "
+            "Plan with full_finetuning=True, or train adapters."
+        )
 
 
 def _refuse_remote_code(source: Source, trusted: bool) -> None:
@@ -221,48 +250,3 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
     if dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ConfigError(f"dtype={dtype!r}; expected bfloat16, float16, float32 or None")
     return dtype
-
-
-def _weights(
-    source: Source,
-    files: list[Path],
-    spec: FamilySpec,
-    facts: ModelFacts,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    checked: bool,
-) -> dict[str, Any]:
-    """What tells from_pretrained where the weights are; `checked`: NaN and infinity are looked for."""
-    import torch
-
-    if source.gguf is None:
-        if checked:
-            checks.require_finite(checks.stored_tensors(files), device, source.name)
-        # Tensors of another shape are then reported with the missing and surplus ones, by us.
-        return {
-            "pretrained_model_name_or_path": str(source.directory),
-            "use_safetensors": True,
-            "ignore_mismatched_sizes": True,
-        }
-    state = gguf_state_dict(read_gguf(source.directory / source.gguf), spec, facts, dtype)
-    checks.require_finite(state.items(), torch.device("cpu"), source.name)
-    return {"pretrained_model_name_or_path": None, "state_dict": state}
-
-
-def _model(name: str, options: dict[str, Any]) -> PreTrainedModel:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
-
-    # The automatic class wants a path, so tensors in memory go to the class that it would choose.
-    in_memory = "state_dict" in options
-    kind: Any = (
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(options["config"])] if in_memory else AutoModelForCausalLM
-    )
-    try:
-        model, info = kind.from_pretrained(**options, output_loading_info=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"transformers cannot load {name}: {error}") from error
-    shapes = [*info["mismatched_keys"], *checks.misshapen(model)]
-    checks.require_complete({**info, "mismatched_keys": shapes}, name)
-    model.config.name_or_path = model.name_or_path = name
-    return model

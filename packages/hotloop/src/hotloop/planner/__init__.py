@@ -3,6 +3,24 @@ model.
 """
 
 from .cards import CARDS, Card, find_card
-from .make import parse_bytes, plan, plan_larger
+from .make import checkpointing_placements, plan, plan_larger
+from .oom import explain_oom, plan_after_oom
+from .tables import Line, Outlook, outlook, summary
+from .task import Request, parse_bytes
 
-__all__ = ["CARDS", "Card", "find_card", "parse_bytes", "plan", "plan_larger"]
+__all__ = [
+    "CARDS",
+    "Card",
+    "Line",
+    "Outlook",
+    "Request",
+    "checkpointing_placements",
+    "explain_oom",
+    "find_card",
+    "outlook",
+    "parse_bytes",
+    "plan",
+    "plan_after_oom",
+    "plan_larger",
+    "summary",
+]

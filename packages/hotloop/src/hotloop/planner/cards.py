@@ -17,9 +17,11 @@ class Card:
 
     memory: bytes that one process can allocate, its CUDA context already taken off. gemm_tflops:
     dense 16-bit matrix products with fp32 accumulation. attention_tflops: (forward, backward) of
-    causal attention. copy_gbs: bytes read and written on the device, 1e9 a second. link_gbs: to
-    host memory, each way. bf16: in hardware.
-    measured: False where the rates are derived from the maker's data sheet rather than measured.
+    causal attention over very long sequences; attention_half: the sequence lengths at which it
+    reaches half of that. copy_gbs: bytes read and written on the device, 1e9 a second. link_gbs: to
+    host memory, each way. launch_ms: (forward, backward) that the host needs to queue one layer.
+    bf16: in hardware. measured: False where the rates are derived from the maker's data sheet
+    rather than measured.
     """
 
     name: str
@@ -28,63 +30,83 @@ class Card:
     attention_tflops: tuple[float, float]
     copy_gbs: float
     link_gbs: float
+    attention_half: tuple[float, float] = (784.0, 1272.0)
+    launch_ms: tuple[float, float] = (2.0, 3.5)
     bf16: bool = True
     measured: bool = False
 
+    def attention_rate(self, longest: int) -> tuple[float, float]:
+        """TFLOP/s (forward, backward) at a sequence length: peak * S / (S + half)."""
+        forward, backward = (
+            peak * longest / (longest + half)
+            for peak, half in zip(self.attention_tflops, self.attention_half, strict=True)
+        )
+        return forward, backward
 
-def _from_data_sheet(
-    name: str, gib: float, peak_tflops: float, gbs: float, link_gbs: float, *, bf16: bool = True
+
+def from_data_sheet(
+    name: str, memory: int, peak_tflops: float, gbs: float, link_gbs: float, *, bf16: bool = True
 ) -> Card:
-    """0.7 of the peak GEMM rate and 0.88 of the memory's rate, which the measured H100 keeps up;
+    """0.69 of the peak GEMM rate and 0.88 of the memory's rate, which the measured H100 keeps up;
     attention as there.
     """
-    gemm = 0.7 * peak_tflops
+    gemm = 0.69 * peak_tflops
     return Card(
         name=name,
-        memory=int((gib - 0.6) * GIB),
+        memory=memory - CONTEXT,
         gemm_tflops=gemm,
-        attention_tflops=(0.62 * gemm, 0.5 * gemm),
+        attention_tflops=(0.88 * gemm, 0.82 * gemm),
         copy_gbs=0.88 * gbs,
         link_gbs=link_gbs,
         bf16=bf16,
     )
 
 
+CONTEXT = int(0.6 * GIB)
+"""Bytes of a CUDA context, which no allocation can have."""
+
 CARDS: tuple[Card, ...] = (
-    _from_data_sheet("T4", 14.7, 65, 320, 12, bf16=False),
-    _from_data_sheet("RTX 3090", 23.7, 71, 936, 25),
-    _from_data_sheet("RTX 4090", 23.6, 165, 1008, 25),
-    _from_data_sheet("RTX 5090", 31.4, 210, 1792, 50),
-    _from_data_sheet("A10", 22.5, 125, 600, 25),
-    _from_data_sheet("A100 40GB", 39.4, 312, 1555, 25),
-    _from_data_sheet("A100 80GB", 79.2, 312, 2039, 25),
-    _from_data_sheet("L40S", 44.4, 362, 864, 25),
+    from_data_sheet("T4", int(14.7 * GIB), 65, 320, 12, bf16=False),
+    from_data_sheet("RTX 3090", int(23.7 * GIB), 71, 936, 25),
+    from_data_sheet("RTX 4090", int(23.6 * GIB), 165, 1008, 25),
+    from_data_sheet("RTX 5090", int(31.4 * GIB), 210, 1792, 50),
+    from_data_sheet("A10", int(22.5 * GIB), 125, 600, 25),
+    from_data_sheet("A100 40GB", int(39.4 * GIB), 312, 1555, 25),
+    from_data_sheet("A100 80GB", int(79.2 * GIB), 312, 2039, 25),
+    from_data_sheet("L40S", int(44.4 * GIB), 362, 864, 25),
     Card(
         name="H100",
         memory=int(78.5 * GIB),
         gemm_tflops=680.0,
-        attention_tflops=(420.0, 340.0),
+        attention_tflops=(600.0, 561.0),
         copy_gbs=2960.0,
         link_gbs=55.0,
         measured=True,
     ),
-    _from_data_sheet("H200", 139.8, 989, 4800, 55),
-    _from_data_sheet("B200", 178.3, 2250, 8000, 55),
+    from_data_sheet("H200", int(139.8 * GIB), 989, 4800, 55),
+    from_data_sheet("B200", int(178.3 * GIB), 2250, 8000, 55),
 )
-"""Memory is what the driver reports, in GiB, less 0.6 GiB for a CUDA context. The H100's rates are
-measured (SXM)."""
+"""Memory is what the driver reports. Links: PCIe 3.0, 4.0 and 5.0 with 16 lanes carry 12, 25 and 55 GB/s.
+
+The H100 (SXM) was measured: 680 TFLOP/s sustained; cuDNN's causal attention 434 and 346 at 2,048 tokens, 586 and
+540 at 32,768, which the two lengths at half rate reproduce; copies; the link. Its host needed 2.7 and 4.6 ms to queue
+a layer before the way to a launch was shortened (benchmarks/LOG.md); 2.0 and 3.5 are what the rows since then allow.
+Other hosts are taken to be as fast."""
 
 REFERENCE = next(card for card in CARDS if card.measured)
 """Its ratios rank plans where the card is unknown; no times are printed then."""
 
 
 def find_card(name: str) -> Card:
-    """The card of a name such as "H100", "rtx4090" or "NVIDIA A100-SXM4-80GB".
+    """The card of a name such as "H100", "rtx4090" or "NVIDIA A100-SXM4-80GB", or of its numbers:
+    memory, peak 16-bit rate, memory's rate, the link's: "24GiB,165TFLOP/s,1008GB/s,25GB/s".
 
     Raises:
         ConfigError: no card, or more than one, has that name.
 
     """
+    if "," in name:
+        return _from_numbers(name)
     asked = _words(name)
     found = [c for c in CARDS if _words(c.name) <= asked] or [
         c for c in CARDS if asked and asked <= _words(c.name)
@@ -94,8 +116,29 @@ def find_card(name: str) -> Card:
     if len(found) != 1:
         known = ", ".join(card.name for card in found or CARDS)
         what = "could be any of" if len(found) > 1 else "is not in the table; it has"
-        raise ConfigError(f"card {name!r} {what} {known}. Name one, or pass a planner.Card.")
+        raise ConfigError(
+            f"card {name!r} {what} {known}. Name one, or give its numbers: {_EXAMPLE!r}."
+        )
     return found[0]
+
+
+_EXAMPLE = "24GiB,165TFLOP/s,1008GB/s,25GB/s"
+_NUMBERS = re.compile(
+    r"\s*([\d.]+)\s*(GiB|GB),\s*([\d.]+)\s*TFLOP/s,\s*([\d.]+)\s*GB/s,\s*([\d.]+)\s*GB/s\s*",
+    re.IGNORECASE,
+)
+
+
+def _from_numbers(text: str) -> Card:
+    match = _NUMBERS.fullmatch(text)
+    if match is None:
+        raise ConfigError(
+            f"card {text!r}: expected memory, the data sheet's 16-bit rate, the memory's rate and the "
+            f"host link's, such as {_EXAMPLE!r}"
+        )
+    unit = GIB if match[2].lower() == "gib" else 10**9
+    rates = (float(match[i]) for i in (3, 4, 5))
+    return from_data_sheet("the card given", int(float(match[1]) * unit), *rates)
 
 
 def present_card() -> tuple[str, int] | None:
@@ -117,8 +160,7 @@ def present_card() -> tuple[str, int] | None:
         return None
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        context = int(0.6 * GIB)
-        free = int(pynvml.nvmlDeviceGetMemoryInfo(handle).free) - context
+        free = int(pynvml.nvmlDeviceGetMemoryInfo(handle).free) - CONTEXT
         return str(pynvml.nvmlDeviceGetName(handle)), free
     except pynvml.NVMLError:
         return None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hotloop_core import Attention, Glu, ModelFacts, discover, facts_of
 from hotloop_core.errors import ConfigError, UnsupportedError
 
-from .costs import OPTIMIZER_BYTES, Job
+from .job import OPTIMIZER_BYTES, Job
 
 if TYPE_CHECKING:
     import os
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What is read from a loaded model."""
+    """What is read from a loaded model. outside_frozen: neither its embedding nor its head trains."""
 
     frozen_bytes: int
     trained_bytes: int
@@ -29,6 +29,7 @@ class Measured:
     bits: int
     width: int
     full: bool
+    outside_frozen: bool
 
     def refine(self, job: Job, planned_lora: bool) -> Job:
         """`job` with the model's own bytes; an adapter that is still to come keeps its worked-out
@@ -42,6 +43,7 @@ class Measured:
             full=self.full,
             weight_bytes=self.frozen_bytes,
             trained_bytes=known,
+            outside_frozen=self.outside_frozen,
         )
 
 
@@ -116,6 +118,12 @@ def _measure(model: PreTrainedModel, optimizer: str) -> Measured:
         bits=4 if quantised else 16,
         width=embedding.weight.element_size(),
         full=bool(trained) and not adapted,
+        outside_frozen=not any(
+            parameter.requires_grad
+            for module in (embedding, model.get_output_embeddings())
+            if module is not None
+            for parameter in module.parameters()
+        ),
     )
 
 

@@ -6,6 +6,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
@@ -34,7 +35,9 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Appends `logs`."""
+        """Appends `logs`; of several processes the first does."""
+        if not state.is_world_process_zero:
+            return
         seconds = round(time.perf_counter() - self._start, 3)
         row = {"step": state.global_step, "seconds": seconds, **(logs or {})}
         with self._path.open("a", encoding="utf-8") as file:
@@ -96,8 +99,12 @@ class Checkpoints(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Called when everything is on disk."""
-        self._directory.seal_checkpoint(state.global_step, keep=self._keep)
+        """Called when this process's part is on disk."""
+        processes = PartialState()
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            self._directory.seal_checkpoint(state.global_step, keep=self._keep)
+        processes.wait_for_everyone()
 
 
 class GradientCheck(TrainerCallback):

@@ -79,11 +79,12 @@ def read(data: DataSection) -> Records:
     """
     rows = read_rows(data.path, split=data.split)
     form = find_form(data, rows[0])
-    _require_fields(rows, fields_of(data, form), data.path)
+    needed = (*fields_of(data, form), *([data.weight_field] if data.weight_field else []))
+    _require_fields(rows, needed, data.path)
     held_out: list[Record] = []
     if isinstance(data.held_out, str):
         held_out = read_rows(data.held_out, split=data.split)
-        _require_fields(held_out, fields_of(data, form), data.held_out)
+        _require_fields(held_out, needed, data.held_out)
     return Records(form=form, rows=rows, held_out=held_out)
 
 
@@ -238,4 +239,6 @@ def _fingerprint(rows: Sequence[Row]) -> str:
         digest.update(len(row).to_bytes(8, "little"))
         digest.update(row.ids.tobytes())
         digest.update(row.labels.tobytes())
+        if row.weights is not None:
+            digest.update(row.weights.tobytes())
     return digest.hexdigest()

@@ -99,18 +99,28 @@ class RunDirectory:
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_atomically(self.recipe, text)
 
-    def resume(self, data: dict[str, Any]) -> Path:
-        """The newest whole checkpoint, everything that came after it removed.
+    def check_data(self, data: dict[str, Any]) -> None:
+        """Raises, before any work, where a resumed run would not go on with the rows that were left.
 
         Raises:
             DataError: the data is no longer what the run began with.
+            ConfigError: another number of processes, among which the bins were dealt.
 
         """
-        if json.loads(self.data.read_text())["fingerprint"] != data["fingerprint"]:
+        before = json.loads(self.data.read_text())
+        if before["fingerprint"] != data["fingerprint"]:
             raise DataError(
                 f"the data, or how it is tokenised, changed since the run in {self.path} began, so going on would "
                 "train on some rows twice and on some never. Restore it, or start another run."
             )
+        if before.get("processes", 1) != data["processes"]:
+            raise ConfigError(
+                f"the run in {self.path} began with {before.get('processes', 1)} processes and this one has "
+                f"{data['processes']}; the bins were dealt among those. Resume with as many, or start another run."
+            )
+
+    def resume(self) -> None:
+        """Removes everything that came after the newest whole checkpoint."""
         newest = self.newest_checkpoint()
         assert newest is not None  # check() saw it
         for checkpoint in self.checkpoints.iterdir():
@@ -119,7 +129,6 @@ class RunDirectory:
         step = _step(newest)
         kept = [json.dumps(row) for row in self.read_metrics() if row["step"] <= step]
         write_atomically(self.metrics, "".join(f"{line}\n" for line in kept))
-        return newest
 
     def whole_checkpoints(self) -> list[Path]:
         """Checkpoints that were written to the end, oldest first."""

@@ -103,6 +103,7 @@ def plan_batch(model: PreTrainedModel, recipe: Recipe, *, longest: int) -> Plan 
         bits=recipe.model.bits,
         full_finetuning=recipe.lora is None,
         optimizer=recipe.schedule.optimizer,
+        homes=receipt.plan,
     )
     receipt.replan(planned)
     return planned

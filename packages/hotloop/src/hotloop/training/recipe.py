@@ -59,6 +59,10 @@ class DataSection(Section):
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     text_field: str = "text"
+    weight_field: str | None = Field(
+        default=None,
+        description="A number that the loss of a row is multiplied by. A message may have a weight of its own.",
+    )
     system: str | None = Field(
         default=None, description="chat: system message for rows that have none."
     )
@@ -118,7 +122,10 @@ class ScheduleSection(Section):
     )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(default=1.0, description="0: no clipping.")
-    optimizer: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = "adamw_torch"
+    optimizer: Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        default="adamw_torch",
+        description="8bit: a quarter of the state's memory. paged: it moves to host memory when the card is full.",
+    )
     seed: int = 3407
     log_every: Positive = 1
     eval_every: Positive | None = Field(

@@ -25,20 +25,27 @@ IGNORED = -100
 
 Message = dict[str, Any]
 Span = tuple[int, int]
+Weighted = tuple[int, int, float]
+"""A span and the weight of its tokens in the loss."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row: ids_T and labels_T (int32); a label is the id itself, or -100 where it is not trained."""
+    """One row: ids_T and labels_T (int32); a label is the id itself, or -100 where it is not trained.
+
+    weights: fp32 [T], what the loss of each token is multiplied by, or None: all 1.
+    """
 
     ids: np.ndarray
     labels: np.ndarray
+    weights: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, part: slice) -> Row:
-        return Row(self.ids[part], self.labels[part])
+        weights = None if self.weights is None else self.weights[part]
+        return Row(self.ids[part], self.labels[part], weights)
 
     @property
     def trained(self) -> int:
@@ -69,10 +76,23 @@ class Renderer:
         self.form = form
         self.system = data.system
         self.fields = fields_of(data, form)
+        self.weight_field = data.weight_field
         self.loss_on = data.loss_on or ("all" if form == "text" else "responses")
 
     def __call__(self, record: Record, where: str) -> Row:
         """The tokens of one row; `where` names it in errors."""
+        row = self._render(record, where)
+        if self.weight_field is None:
+            return row
+        weight = _weight(record[self.weight_field], self.weight_field, where)
+        if row.weights is None and weight == 1:
+            return row
+        import numpy as np
+
+        of_tokens = np.ones(len(row), np.float32) if row.weights is None else row.weights
+        return Row(row.ids, row.labels, of_tokens * np.float32(weight))
+
+    def _render(self, record: Record, where: str) -> Row:
         values = [record[field] for field in self.fields]
         if self.form == "chat":
             return self._chat(values[0], where)
@@ -89,7 +109,7 @@ class Renderer:
         end = str(self.tokenizer.eos_token or "")
         text = prompt + completion + end
         start = len(prompt) if self.loss_on == "responses" else 0
-        return self._encode(text, [(start, len(text))], special=True)
+        return self._encode(text, [(start, len(text), 1.0)], special=True)
 
     def _chat(self, messages: Any, where: str, answers_from: int = 0) -> Row:
         messages = check_messages(messages, where)
@@ -98,15 +118,17 @@ class Renderer:
             answers_from += 1
         text = render(self.tokenizer, messages, where)
         if self.loss_on == "all":
-            return self._encode(text, [(0, len(text))], special=False)
+            return self._encode(text, [(0, len(text), 1.0)], special=False)
         spans = [
-            _answer_span(self.tokenizer, messages, index, text, where)
+            (*_answer_span(self.tokenizer, messages, index, text, where), weight)
             for index, message in enumerate(messages)
-            if message["role"] == "assistant" and index >= answers_from
+            if message["role"] == "assistant"
+            and index >= answers_from
+            and (weight := _weight(message.get("weight", 1), "weight", where))
         ]
         return self._encode(text, spans, special=False)
 
-    def _encode(self, text: str, spans: Sequence[Span], *, special: bool) -> Row:
+    def _encode(self, text: str, spans: Sequence[Weighted], *, special: bool) -> Row:
         import numpy as np
 
         encoding = self.tokenizer(
@@ -116,14 +138,18 @@ class Renderer:
         offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         starts, ends = offsets[:, 0], offsets[:, 1]
         trained = np.zeros(len(ids), dtype=bool)
-        for start, end in spans:
+        weights = np.ones(len(ids), dtype=np.float32)
+        for start, end, weight in spans:
             # A token belongs to the answer in which it starts: one that straddles the border was begun by the prompt.
-            trained |= (starts >= start) & (starts < end) & (ends > starts)
-        return Row(ids, np.where(trained, ids, IGNORED).astype(np.int32))
+            inside = (starts >= start) & (starts < end) & (ends > starts)
+            trained |= inside
+            weights[inside] = weight
+        labels = np.where(trained, ids, IGNORED).astype(np.int32)
+        return Row(ids, labels, None if (weights == 1).all() else weights)
 
 
 def fields_of(data: DataSection, form: str) -> tuple[str, ...]:
-    """The fields that rows of this form must have."""
+    """The fields that hold the text of rows of this form."""
     return {
         "chat": (data.messages_field,),
         "prompt_completion": (data.prompt_field, data.completion_field),
@@ -213,6 +239,12 @@ def _common(one: str, other: str) -> int:
     """How many characters two texts have in common from the start."""
     differs = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differs, min(len(one), len(other)))
+
+
+def _weight(value: Any, field: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
+        raise DataError(f"{where}: {field!r} is {_shown(value)}, expected a number from 0")
+    return float(value)
 
 
 def _string(value: Any, field: str, where: str) -> str:

@@ -21,6 +21,8 @@ class RunReport:
     """The end of a run. Losses are means over trained tokens, in nats; seconds are of training alone.
 
     peak_bytes: of device memory, None on CPU. idle: parameters whose gradient was zero in every step.
+    utilisation: the share of the bins' places that held a token. tokens_dropped: of rows that were too long.
+    processes: how many trained as one; peak_bytes is that of the first.
     exports: the files written after training. notes: what a user should know.
     """
 
@@ -32,6 +34,10 @@ class RunReport:
     held_out_before: float | None
     held_out_after: float | None
     peak_bytes: int | None
+    utilisation: float
+    rows_per_bin: float
+    tokens_dropped: int
+    processes: int
     idle: list[str]
     exports: list[str]
     notes: list[str]
@@ -41,6 +47,10 @@ class RunReport:
             f"{self.steps:,} steps, {self.tokens:,} tokens in {self.seconds:.0f} s "
             f"({self.tokens / max(self.seconds, 1e-9):,.0f} tokens/s); last loss {self.train_loss:.4f}"
         ]
+        lines.append(
+            f"bins {self.utilisation:.2%} full, {self.rows_per_bin:.1f} rows a bin, "
+            f"{self.tokens_dropped:,} tokens dropped"
+        )
         if self.held_out_before is not None and self.held_out_after is not None:
             lines.append(
                 f"held-out loss {self.held_out_before:.4f} before, {self.held_out_after:.4f} after"

@@ -10,17 +10,20 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hotloop_core.errors import DeviceMemoryError, ExportError
+from accelerate import PartialState
+from hotloop_core.errors import ConfigError, DeviceMemoryError, ExportError
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 
 from . import callbacks
-from .batches import Bins, collate
+from .batches import PackedDataset, collate, collate_weighted
 from .data import prepare, read
 from .directory import RunDirectory
 from .gradients import GradientWatch
 from .models import build, lora_rank, plan_batch
+from .render import Row
 from .report import RunReport, plot_loss
+from .trainer import PackedTrainer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,8 +35,8 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 
-class WatchedTrainer(Trainer):
-    """Trainer, with the gradients looked at before it clips them (after that, NaN in one is NaN in all)."""
+class WatchedTrainer(PackedTrainer):
+    """PackedTrainer, with the gradients looked at before it clips them (after that, NaN in one is NaN in all)."""
 
     watch: GradientWatch
 
@@ -57,7 +60,8 @@ class Run:
             report = run.train()
 
     Making it reads the data, loads the model, adds the adapter and plans memory; it raises before anything is written
-    if any of these fails. `train` makes the run directory and trains.
+    if any of these fails. `train` makes the run directory and trains. Under torchrun each process makes a Run of its
+    own, on its own card, and all train as one; the first writes, in a directory that all of them see.
 
     Raises:
         HotloopError: one of its children, from whichever of these found something wrong.
@@ -72,22 +76,24 @@ class Run:
         overwrite: bool = False,
         console: Console | None = None,
     ) -> None:
+        if recipe.schedule.optimizer.startswith("paged") and not torch.cuda.is_available():
+            raise ConfigError(
+                f'schedule.optimizer = "{recipe.schedule.optimizer}" pages between card and host, and this machine has '
+                'no card; set schedule.optimizer = "adamw_8bit".'
+            )
         self.recipe = recipe
         self.directory = RunDirectory(recipe.output.directory)
         self.directory.check(recipe, resume=resume, overwrite=overwrite)
-        self._resume, self._console = resume, console
+        self.processes = PartialState(cpu=not torch.cuda.is_available())
+        self._resume = resume
+        self._console = console if self.main else None
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
         records = read(recipe.data)  # before the model, so that bad rows are told in a second
         self.model, self.tokenizer = build(recipe)
         self.data = prepare(recipe, records, self.tokenizer)
-        packed = {
-            "capacity": recipe.model.max_seq_len,
-            "packed": recipe.data.packing,
-            "seed": recipe.data.shuffle_seed,
-        }
-        self.bins = Bins(self.data.train, **packed)
-        self.held_out_bins = Bins(self.data.held_out, **packed)
+        self.bins = self._packed(self.data.train, even=True)
+        self.held_out_bins = self._packed(self.data.held_out, even=False)
         self.plan = plan_batch(self.model, recipe, longest=self.data.report.longest)
 
     def __enter__(self) -> Run:
@@ -96,6 +102,21 @@ class Run:
     def __exit__(self, *_: object) -> None:
         """Lets go of the model, so that a program can start another run."""
         del self.model
+
+    def _packed(self, rows: list[Row], *, even: bool) -> PackedDataset:
+        ranks = self.processes.num_processes
+        return PackedDataset(
+            rows,
+            capacity=self.recipe.model.max_seq_len,
+            packed=self.recipe.data.packing,
+            seed=self.recipe.data.shuffle_seed,
+            divisible_by=ranks * self.recipe.schedule.batch_size if even and ranks > 1 else 1,
+        )
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes and prints; the only one, unless torchrun started several."""
+        return self.processes.is_main_process
 
     @property
     def device(self) -> torch.device:
@@ -116,24 +137,32 @@ class Run:
         schedule = self.recipe.schedule
         if schedule.steps is not None:
             return schedule.steps
-        batches = math.ceil(len(self.bins) / schedule.batch_size)
+        batches = math.ceil(len(self.bins) / (schedule.batch_size * self.processes.num_processes))
         per_epoch = max(1, math.ceil(batches / schedule.gradient_accumulation))
         return math.ceil((schedule.epochs or 1) * per_epoch)
 
     def held_out_loss(self) -> float:
-        """Mean loss over the trained tokens of the held-out rows, in nats."""
+        """Mean loss over the trained tokens of the held-out rows, in nats; their weights do not matter here.
+
+        Each process measures its share of the bins.
+        """
         total, tokens = 0.0, 0
         training = self.model.training
         self.model.eval()
         with torch.no_grad(), self._autocast():
-            for index in range(len(self.held_out_bins)):
-                batch: dict[str, Any] = {**collate([self.held_out_bins[index]])}
+            ranks = self.processes.num_processes
+            for index in range(self.processes.process_index, len(self.held_out_bins), ranks):
+                rows = [Row(row.ids, row.labels) for row in self.held_out_bins[index]]
+                batch: dict[str, Any] = {**collate([rows])}
                 count = int((batch["labels"][:, 1:] != -100).sum())
                 inputs = {k: v.to(self.device) if hasattr(v, "to") else v for k, v in batch.items()}
                 total += float(self.model(**inputs).loss) * count
                 tokens += count
         self.model.train(training)
-        return total / tokens
+        sums = torch.tensor([total, tokens], dtype=torch.float64, device=self.device)
+        if ranks > 1:
+            torch.distributed.all_reduce(sums)
+        return float(sums[0] / sums[1])
 
     def train(self) -> RunReport:
         """Trains, measures, saves the adapter (or the whole model), draws the loss, writes the exports.
@@ -144,12 +173,17 @@ class Run:
             ExportError: the disk is full. Whole checkpoints stay and `resume` goes on from the newest.
 
         """
-        described = asdict(self.data.report)
-        checkpoint: Path | None = None
+        described = {**asdict(self.data.report), "processes": self.processes.num_processes}
         if self._resume:
-            checkpoint = self.directory.resume(described)
-        else:
-            self.directory.begin(self.recipe, described)
+            self.directory.check_data(described)
+        self.processes.wait_for_everyone()  # all have checked the directory before one changes it
+        if self.main:
+            if self._resume:
+                self.directory.resume()
+            else:
+                self.directory.begin(self.recipe, described)
+        self.processes.wait_for_everyone()
+        checkpoint = self.directory.newest_checkpoint() if self._resume else None
         trainer = self._trainer()
         progress = None if self._console is None else callbacks.ProgressBar(self._console)
         if progress is not None:
@@ -168,7 +202,6 @@ class Run:
                 progress.close()
         seconds = time.perf_counter() - start
         with self._explained():
-            self._save()
             return self._finish(trainer, seconds)
 
     def _trainer(self) -> WatchedTrainer:
@@ -176,7 +209,7 @@ class Run:
             model=self.model,
             args=self._arguments(),
             train_dataset=self.bins,
-            data_collator=collate,
+            data_collator=collate_weighted,
             processing_class=self.tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
@@ -218,6 +251,7 @@ class Run:
             include_num_input_tokens_seen="all",
             dataloader_pin_memory=self.device.type == "cuda",
             use_cpu=self.device.type == "cpu",
+            ddp_find_unused_parameters=False,  # the watch refuses a parameter without a gradient
             bf16=self.device.type == "cuda" and self.compute_dtype is torch.bfloat16,
             fp16=self._scaled,
         )
@@ -244,12 +278,17 @@ class Run:
         self.directory.save_folder(target, write)
 
     def _finish(self, trainer: WatchedTrainer, seconds: float) -> RunReport:
-        target = self.directory.model if self.recipe.lora is None else self.directory.adapter
-        exports = [str(target), *self._export()]
-        note = plot_loss(self.directory)
-        metrics = self.directory.read_metrics()
-        losses = [row["loss"] for row in metrics if "loss" in row]
-        held_out = [row["eval_loss"] for row in metrics if "eval_loss" in row]
+        exports: list[str] = []
+        note = None
+        if self.main:
+            self._save()
+            target = self.directory.model if self.recipe.lora is None else self.directory.adapter
+            exports = [str(target), *self._export()]
+            note = plot_loss(self.directory)
+        self.processes.wait_for_everyone()
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        held_out = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+        packing = self.bins.packing
         cuda = self.device.type == "cuda"
         report = RunReport(
             directory=str(self.directory.path),
@@ -260,11 +299,16 @@ class Run:
             held_out_before=held_out[0] if held_out else None,
             held_out_after=held_out[-1] if held_out else None,
             peak_bytes=torch.cuda.max_memory_allocated(self.device) if cuda else None,
+            utilisation=packing.utilisation,
+            rows_per_bin=packing.rows_per_bin,
+            tokens_dropped=self.data.report.dropped_tokens,
+            processes=self.processes.num_processes,
             idle=trainer.watch.idle,
             exports=exports,
             notes=[] if note is None else [note],
         )
-        report.save(self.directory.report)
+        if self.main:
+            report.save(self.directory.report)
         return report
 
     def _export(self) -> list[str]:

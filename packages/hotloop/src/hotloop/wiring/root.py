@@ -159,6 +159,9 @@ def _with_sequences(kwargs: dict[str, Any]) -> dict[str, Any]:
         kwargs.get("position_ids"),
         kwargs.get("cu_seq_lens_q"),
     )
+    if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("position_ids") is None:
+        # A layer that is left to the model's own code knows rows apart by their positions alone.
+        kwargs = {**kwargs, "position_ids": found.positions().view(tokens.shape[:2])}
     return {**kwargs, SEQUENCES: found}
 
 

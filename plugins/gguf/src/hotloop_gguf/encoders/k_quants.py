@@ -1,194 +1,142 @@
-"""Blocks of 256 values in groups with scales of their own: Q4_K, Q5_K, Q6_K.
+"""Blocks of 256 values in groups with scales of their own: Q2_K, Q3_K, Q4_K, Q5_K, Q6_K.
 
-Every public function takes x [blocks, 256] in float32 and gives the blocks' bytes, [blocks, bytes] in
-uint8. Layouts: ggml's `ggml-common.h`. A group's scale (and minimum) is the one of a grid of candidates
-with the least weighted squared error, by weighted least squares; then the scales are themselves
-quantised, and the values rounded again with what a reader will decode. Where ggml stops there, this
-also tries the neighbours of the quantised scales, which costs a little and lowers the error.
-
-Inside, the values of a group lie along the first axis (shapes [group, groups] and [1, groups]): sums over
-a group then add whole rows of memory, which a CPU does twice as fast as adding 32 neighbours.
+Every function takes x [rows, K] in float32 with K a multiple of 256, the importance of its K columns or
+None, and the searches of x's device; it gives the blocks' bytes, [rows K / 256, bytes] in uint8. Layouts
+and order of the steps: ggml's `ggml-common.h` and `ggml-quants.c`, whose bytes these are. First a scale
+(and a minimum) is searched for each group, then those are quantised for the block, then each value is
+rounded with what a reader will decode.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from torch import Tensor
 
-_TINY = 1e-15
-"""Below this a group counts as zero, as in ggml."""
+from .parts import constant, half, inverse, pack, weighted, widest
+from .searches import TINY, Grid
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .searches import Searches
 
 
-def q4_k(x: Tensor) -> Tensor:
+def q2_k(x: Tensor, importance: Tensor | None, searches: Searches) -> Tensor:
+    """16 bytes of a scale and, above it, a minimum; 64 bytes of four q; float16 d, float16 dmin.
+
+    16 groups of 16: x = d sc q - dmin m, q in 0..3, sc and m in 0..15.
+    """
+    grid = Grid(3, -0.5, 0.1, 16, absolute=True)
+    d, sc, dmin, m, q = _affine(x, importance, searches, 16, 15, grid)
+    return torch.cat([sc | m << 4, pack(q, 4, 32), half(d), half(dmin)], 1)
+
+
+def q3_k(x: Tensor, importance: Tensor | None, searches: Searches) -> Tensor:
+    """32 bytes of third bits, 64 bytes of four lower bit pairs, 12 bytes of 6-bit scales, float16 d.
+
+    16 groups of 16: x = d (s - 32) (q - 4), q in 0..7.
+    """
+    groups = x.reshape(-1, 16)
+    if importance is None:
+        scale, q = searches.descent(groups, 4)
+        d, s = _signed_unit(scale.reshape(-1, 16), 32)
+        s = torch.where(d == 0, 0, s + 32).to(torch.uint8)  # a block of zeros is all zero bits
+    else:
+        weight = weighted(x, importance, searches, 256, 2.0).reshape(-1, 16)
+        scale, q = searches.symmetric(groups, weight, 4)
+        total = searches.sums(weight)
+        d, s = searches.symmetric(scale.reshape(-1, 16), total.reshape(-1, 16), 32)
+        d = d[:, None]
+    searches.round_symmetric(groups, _decoded(d, s.float() - 32), 4, q)
+    low = (s[:, :8] & 15) | (s[:, 8:] & 15) << 4
+    high = (s >> 4).reshape(-1, 4, 4)
+    high = high[:, 0] | high[:, 1] << 2 | high[:, 2] << 4 | high[:, 3] << 6
+    q = q.reshape(-1, 256)
+    parts = [pack(q, 8, 32, shift=2), pack(q, 4, 32), low, high, half(d)]
+    return torch.cat(parts, 1)
+
+
+def q4_k(x: Tensor, importance: Tensor | None, searches: Searches) -> Tensor:
     """float16 d, float16 dmin, 12 bytes of 6-bit scales and minimums, 128 bytes of two q.
 
-    8 groups of 32: x = d sc q - dmin m, q in 0..15.
+    8 groups of 32: x = d sc q - dmin m, q in 0..15, sc and m in 0..63.
     """
-    head, q = _affine(x, levels=15, first=-1.0, step=0.1, steps=21)
-    pairs = q.reshape(-1, 4, 2, 32)
-    return torch.cat([head, (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1)], 1)
+    grid = Grid(15, -1.0, 0.1, 21)
+    d, sc, dmin, m, q = _affine(x, importance, searches, 32, 63, grid)
+    return torch.cat([half(d), half(dmin), _six_bits(sc, m), pack(q, 2, 32)], 1)
 
 
-def q5_k(x: Tensor) -> Tensor:
-    """The same with q in 0..31: before the low nibbles 32 bytes of fifth bits, bit j of group j."""
-    head, q = _affine(x, levels=31, first=-0.5, step=0.1, steps=16)
-    places = torch.arange(8, dtype=torch.uint8, device=x.device).reshape(8, 1)
-    fifth = ((q >> 4) << places).sum(1, dtype=torch.uint8)
-    pairs = (q & 15).reshape(-1, 4, 2, 32)
-    return torch.cat([head, fifth, (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1)], 1)
+def q5_k(x: Tensor, importance: Tensor | None, searches: Searches) -> Tensor:
+    """The same with q in 0..31: before the low nibbles 32 bytes of fifth bits."""
+    grid = Grid(31, -0.5, 0.1, 16)
+    d, sc, dmin, m, q = _affine(x, importance, searches, 32, 63, grid)
+    fifth, rest = pack(q, 8, 32, shift=4), pack(q, 2, 32)
+    return torch.cat([half(d), half(dmin), _six_bits(sc, m), fifth, rest], 1)
 
 
-def q6_k(x: Tensor) -> Tensor:
+def q6_k(x: Tensor, importance: Tensor | None, searches: Searches) -> Tensor:
     """128 bytes of low nibbles, 64 bytes of upper bit pairs, 16 int8 scales, float16 d.
 
-    16 groups of 16: x = d sc q, q in -32..31.
+    16 groups of 16: x = d sc (q - 32), q in 0..63.
     """
-    groups = x.reshape(-1, 16).T.contiguous()
-    scale = _symmetric_search(groups, 32).reshape(-1, 16)
-    widest = scale.gather(1, scale.abs().argmax(1, keepdim=True))
-    inverse = torch.where(widest.abs() < _TINY, 0.0, -128.0 / widest)
-    d = _inverse(inverse).to(torch.float16)
-    sc = (scale * inverse).round_().clamp_(max=127)
-    sc, q = _nearby(groups, d.float(), sc)
-    q = (q + 32).to(torch.uint8).T.reshape(-1, 2, 4, 32)
-    low, high = q & 15, q >> 4
-    low = torch.cat([low[:, :, 0] | low[:, :, 2] << 4, low[:, :, 1] | low[:, :, 3] << 4], 2)
-    high = high[:, :, 0] | high[:, :, 1] << 2 | high[:, :, 2] << 4 | high[:, :, 3] << 6
-    scales = sc.to(torch.int8).view(torch.uint8)
-    return torch.cat([low.flatten(1), high.flatten(1), scales, d.view(torch.uint8)], 1)
+    groups = x.reshape(-1, 16)
+    weight = None
+    if importance is not None:
+        weight = importance.expand(x.shape).reshape(-1, 16)
+    scale, q = searches.symmetric(groups, weight, 32)
+    scale = scale.reshape(-1, 16)
+    d, sc = _signed_unit(torch.where(widest(scale).abs() < TINY, 0.0, scale), 128)
+    searches.round_symmetric(groups, _decoded(d, sc), 32, q)
+    q = q.reshape(-1, 256) * (d != 0)  # a block of zeros is all zero bits
+    low, high = pack(q, 2, 64), pack(q, 4, 32, shift=4)
+    return torch.cat([low, high, sc.to(torch.int8).view(torch.uint8), half(d)], 1)
 
 
 def _affine(
-    x: Tensor, *, levels: int, first: float, step: float, steps: int
-) -> tuple[Tensor, Tensor]:
-    """(d, dmin and packed scales [blocks, 16], q [blocks, 8, 32]), all in uint8."""
-    groups = x.reshape(-1, 32).T.contiguous()
-    scale, low = _affine_search(groups, levels, first, step, steps)
-    scale, low = scale.reshape(-1, 8), low.reshape(-1, 8)
-    unit, low_unit = (part.amax(1, keepdim=True) / 63 for part in (scale, low))
-    d, dmin = unit.to(torch.float16), low_unit.to(torch.float16)
-    sc = (scale * _inverse(unit)).round_().clamp_(max=63)
-    m = (low * _inverse(low_unit)).round_().clamp_(max=63)
-    sc, m, q = _nearby_affine(groups, d.float(), dmin.float(), sc, m, levels)
-    packed = _pack_six_bits(sc.to(torch.uint8), m.to(torch.uint8))
-    head = torch.cat([d.view(torch.uint8), dmin.view(torch.uint8), packed], 1)
-    return head, q.to(torch.uint8).T.reshape(-1, 8, 32)
+    x: Tensor, importance: Tensor | None, searches: Searches, n: int, levels: int, grid: Grid
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(d [blocks, 1], sc [blocks, groups], dmin, m, q [blocks, 256]) for groups of n values.
 
-
-def _affine_search(
-    x: Tensor, levels: int, first: float, step: float, steps: int
-) -> tuple[Tensor, Tensor]:
-    """Scale s and minimum m >= 0 of each group, x about s q - m, q in 0..levels; both [1, groups].
-
-    Candidates are q = round((first + i step + levels)(x + m)/(max + m)) with the best m so far; for
-    each, s and m solve the weighted normal equations, and the error follows from the same sums.
+    grid: what is tried without importance.
     """
-    weight = x.square().mean(0, keepdim=True).sqrt_() + x.abs()
-    low = x.amin(0, keepdim=True).clamp_(max=0.0)
-    high = x.amax(0, keepdim=True)
-    wx = weight * x
-    sum_w, sum_x = weight.sum(0, keepdim=True), wx.sum(0, keepdim=True)
-    sum_xx = (wx * x).sum(0, keepdim=True)
-
-    scale, offset = (high - low) / levels, low
-    best = torch.full_like(sum_w, torch.inf)
-    for i in range(-1, steps):
-        stretch = levels if i < 0 else first + i * step + levels
-        q = (x - offset).mul_(stretch * _inverse(high - offset)).round_().clamp_(0, levels)
-        wq = weight * q
-        sum_q = wq.sum(0, keepdim=True)
-        sum_qq = wq.mul_(q).sum(0, keepdim=True)
-        sum_qx = q.mul_(wx).sum(0, keepdim=True)
-        if i < 0:
-            s, o = scale, offset
-        else:
-            determinant = sum_w * sum_qq - sum_q * sum_q
-            inverse = torch.where(determinant > 0, 1.0 / determinant, torch.nan)
-            s = (sum_w * sum_qx - sum_x * sum_q) * inverse
-            o = (sum_qq * sum_x - sum_q * sum_qx) * inverse
-            s = torch.where(o > 0, sum_qx / sum_qq, s)
-            o = o.clamp(max=0.0)
-        error = s * (s * sum_qq + 2 * (o * sum_q - sum_qx)) + o * (o * sum_w - 2 * sum_x) + sum_xx
-        better = error < best  # a NaN, from a determinant of 0, is not
-        best = torch.where(better, error, best)
-        scale, offset = torch.where(better, s, scale), torch.where(better, o, offset)
-    return scale, -offset
+    groups = x.reshape(-1, n)
+    if importance is not None:
+        weight = weighted(x, importance, searches, 256, 1.0 if n == 16 else 2.0).reshape(-1, n)
+        total = searches.sums(weight).reshape(-1, 256 // n)
+        scale, low, q = searches.affine(groups, weight, Grid(grid.levels, -0.9, 0.05, 37))
+        d, sc = searches.positive(scale.reshape(total.shape), total, levels)
+        dmin, m = searches.positive(low.reshape(total.shape), total, levels)
+        d, dmin = d[:, None], dmin[:, None]
+    else:
+        scale, low, q = searches.affine(groups, None, grid)
+        d, sc = _unit(scale.reshape(-1, 256 // n), levels)
+        dmin, m = _unit(low.reshape(-1, 256 // n), levels)
+    searches.round_affine(groups, _decoded(d, sc), _decoded(dmin, m), grid.levels, q)
+    return d, sc, dmin, m, q.reshape(-1, 256)
 
 
-def _nearby_affine(
-    x: Tensor, d: Tensor, dmin: Tensor, sc: Tensor, m: Tensor, levels: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The best of each group's quantised scale and minimum and their neighbours, and q for it.
-
-    x: [32, groups]; d, dmin: [blocks, 1]; sc, m: [blocks, 8].
-    """
-
-    def rounded(sc: Tensor, m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        s, low = (d * sc).reshape(1, -1), (dmin * m).reshape(1, -1)
-        return (x + low).mul_(_inverse(s)).round_().clamp_(0, levels), s, low
-
-    best = torch.full_like(sc, torch.inf)
-    kept_sc, kept_m = sc, m
-    for up in (0, -1, 1):
-        for right in (0, -1, 1):
-            near_sc, near_m = (sc + up).clamp_(0, 63), (m + right).clamp_(0, 63)
-            q, s, low = rounded(near_sc, near_m)
-            error = q.mul_(s).sub_(low).sub_(x).square_().sum(0).reshape(sc.shape)
-            better = error < best
-            best = torch.where(better, error, best)
-            kept_sc, kept_m = (
-                torch.where(better, near_sc, kept_sc),
-                torch.where(better, near_m, kept_m),
-            )
-    return kept_sc, kept_m, rounded(kept_sc, kept_m)[0]
+def _unit(scale: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    """Largest scale / levels, [blocks, 1], and each scale in that unit, in uint8. scale: [blocks, groups]."""
+    most = scale.amax(1, keepdim=True).clamp_(min=0) + 0.0  # no negative zero
+    per_unit = torch.where(most > 0, constant(levels, most) / most, 0.0)
+    codes = (scale * per_unit).round_().clamp_(0, levels)
+    return most / constant(levels, most), codes.to(torch.uint8)
 
 
-def _symmetric_search(x: Tensor, limit: int) -> Tensor:
-    """Scale s of each group, x about s q, q in -limit..limit-1; [1, groups]. Weights are x^2."""
-    extreme = x.gather(0, x.abs().argmax(0, keepdim=True))
-    unit = x * torch.where(extreme.abs() < _TINY, 0.0, -1.0 / extreme)
-    weight = x.square()
-    wx = weight * x
-    scale = torch.zeros_like(extreme)
-    best = torch.zeros_like(extreme)
-    for i in (0, *range(-9, 0), *range(1, 10)):
-        q = (unit * (limit + 0.1 * i)).round_().clamp_(-limit, limit - 1)
-        sum_qx = (q * wx).sum(0, keepdim=True)
-        sum_qq = q.square_().mul_(weight).sum(0, keepdim=True)
-        s = sum_qx * _inverse(sum_qq)
-        better = s * sum_qx > best  # what the error loses against s = 0
-        best = torch.where(better, s * sum_qx, best)
-        scale = torch.where(better, s, scale)
-    return scale
+def _signed_unit(scale: Tensor, limit: int) -> tuple[Tensor, Tensor]:
+    """-(widest scale) / limit, [blocks, 1], and each scale in that unit, -limit..limit - 1, in float32."""
+    most = widest(scale)
+    per_unit = torch.where(most == 0, 0.0, constant(-limit, most) / most)
+    return inverse(per_unit), (scale * per_unit).round_().clamp_(-limit, limit - 1)
 
 
-def _nearby(x: Tensor, d: Tensor, sc: Tensor) -> tuple[Tensor, Tensor]:
-    """The best of each group's quantised scale and its neighbours, and q for it.
-
-    x: [16, groups]; d: [blocks, 1]; sc: [blocks, 16].
-    """
-
-    def rounded(sc: Tensor) -> tuple[Tensor, Tensor]:
-        s = (d * sc).reshape(1, -1)
-        return (x * _inverse(s)).round_().clamp_(-32, 31), s
-
-    best = torch.full_like(sc, torch.inf)
-    kept = sc
-    for up in (0, -1, 1):
-        near = (sc + up).clamp_(-128, 127)
-        q, s = rounded(near)
-        error = q.mul_(s).sub_(x).square_().sum(0).reshape(sc.shape)
-        better = error < best
-        best = torch.where(better, error, best)
-        kept = torch.where(better, near, kept)
-    return kept, rounded(kept)[0]
+def _decoded(d: Tensor, codes: Tensor) -> Tensor:
+    """What a reader will compute of d [blocks, 1] and codes [blocks, groups]: one number for each group."""
+    return (d.to(torch.float16).float() * codes).reshape(-1)
 
 
-def _pack_six_bits(sc: Tensor, m: Tensor) -> Tensor:
+def _six_bits(sc: Tensor, m: Tensor) -> Tensor:
     """8 scales and 8 minimums of 6 bits in 12 bytes: groups 0-3 whole, of 4-7 the top bits above them."""
     upper = (sc[:, :4] | (sc[:, 4:] >> 4) << 6, m[:, :4] | (m[:, 4:] >> 4) << 6)
     return torch.cat([*upper, (sc[:, 4:] & 15) | (m[:, 4:] & 15) << 4], 1)
-
-
-def _inverse(d: Tensor) -> Tensor:
-    return torch.where(d == 0, 0.0, 1.0 / d)

@@ -1,7 +1,7 @@
 """Blocks of 32 values with one float16 scale: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0.
 
-Bit for bit what ggml writes. Every function takes x [blocks, 32] in float32 and gives the blocks' bytes,
-[blocks, bytes] in uint8. Source of the layouts: ggml's `ggml-common.h`.
+As in `k_quants`, a function takes x [rows, K] in float32 and gives the blocks' bytes. Layouts: ggml's
+`ggml-common.h`. Without importance there is no search: the scale follows from a block's extremes.
 """
 
 from __future__ import annotations
@@ -10,72 +10,80 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .parts import constant, half, inverse, pack, weighted
+from .searches import Grid
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-def q8_0(x: Tensor) -> Tensor:
-    """float16 d, 32 int8 q; x = d q, d = max|x| / 127, q rounded half away from zero."""
-    d = x.abs().amax(1, keepdim=True) / 127
-    scaled = x * _inverse(d)
-    whole = scaled.abs().floor()
-    q = (whole + (2 * (scaled.abs() - whole)).floor()) * scaled.sign()
-    return torch.cat([_half(d), q.to(torch.int8).view(torch.uint8)], 1)
+    from .searches import Searches
 
 
-def q4_0(x: Tensor) -> Tensor:
-    """float16 d, 16 bytes of two q; x = d (q - 8), with the value farthest from 0 at q = 0."""
-    d = _extreme(x) / -8
-    q = (x * _inverse(d) + 8.5).to(torch.uint8).clamp_(max=15)
-    return torch.cat([_half(d), _nibbles(q)], 1)
+def q8_0(x: Tensor, importance: Tensor | None, searches: Searches) -> Tensor:
+    """float16 d, 32 int8 q; x = d q, d = max|x| / 127. Importance changes nothing."""
+    groups = x.reshape(-1, 32)
+    d = searches.extreme(groups).abs() / constant(127, x)
+    q = searches.round_away(groups, inverse(d))
+    return torch.cat([half(d[:, None]), q.view(torch.uint8)], 1)
 
 
-def q4_1(x: Tensor) -> Tensor:
-    """float16 d and m, 16 bytes of two q; x = d q + m, m = min(x)."""
-    d, m = _range(x, 15)
-    q = ((x - m) * _inverse(d) + 0.5).to(torch.uint8).clamp_(max=15)
-    return torch.cat([_half(d), _half(m), _nibbles(q)], 1)
+def q4_0(x: Tensor, importance: Tensor | None, searches: Searches) -> Tensor:
+    """float16 d, 16 bytes of two q; x = d (q - 8)."""
+    d, q = _symmetric(x, importance, searches, 8)
+    return torch.cat([half(d), pack(q, 2, 16)], 1)
 
 
-def q5_0(x: Tensor) -> Tensor:
+def q5_0(x: Tensor, importance: Tensor | None, searches: Searches) -> Tensor:
     """float16 d, 4 bytes of fifth bits, 16 bytes of two low nibbles; x = d (q - 16)."""
-    d = _extreme(x) / -16
-    q = (x * _inverse(d) + 16.5).to(torch.uint8).clamp_(max=31)
-    return torch.cat([_half(d), _fifth_bits(q), _nibbles(q & 15)], 1)
+    d, q = _symmetric(x, importance, searches, 16)
+    return torch.cat([half(d), _fifth_bits(q), pack(q, 2, 16)], 1)
 
 
-def q5_1(x: Tensor) -> Tensor:
+def q4_1(x: Tensor, importance: Tensor | None, searches: Searches) -> Tensor:
+    """float16 d and m, 16 bytes of two q; x = d q + m."""
+    d, m, q = _affine(x, importance, searches, 15)
+    return torch.cat([half(d), half(m), pack(q, 2, 16)], 1)
+
+
+def q5_1(x: Tensor, importance: Tensor | None, searches: Searches) -> Tensor:
     """float16 d and m, 4 bytes of fifth bits, 16 bytes of two low nibbles; x = d q + m."""
-    d, m = _range(x, 31)
-    q = ((x - m) * _inverse(d) + 0.5).to(torch.uint8)
-    return torch.cat([_half(d), _half(m), _fifth_bits(q), _nibbles(q & 15)], 1)
+    d, m, q = _affine(x, importance, searches, 31)
+    return torch.cat([half(d), half(m), _fifth_bits(q), pack(q, 2, 16)], 1)
 
 
-def _extreme(x: Tensor) -> Tensor:
-    """The value farthest from 0, with its sign; the first where two are equally far."""
-    return x.gather(1, x.abs().argmax(1, keepdim=True))
+def _symmetric(
+    x: Tensor, importance: Tensor | None, searches: Searches, limit: int
+) -> tuple[Tensor, Tensor]:
+    """d [blocks, 1] and q [blocks, 32]; without importance the value farthest from 0 has q = 0."""
+    groups = x.reshape(-1, 32)
+    if importance is not None:
+        weight = weighted(x, importance, searches, x.shape[1], 1.0).reshape(groups.shape)
+        d, q = searches.symmetric(groups, weight, limit)
+        return d[:, None], q
+    d = searches.extreme(groups) / -limit
+    none = torch.zeros_like(d)
+    q = searches.truncate(groups, none, inverse(d), limit + 0.5, 2 * limit - 1)
+    return d[:, None], q
 
 
-def _range(x: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    low = x.amin(1, keepdim=True)
-    return (x.amax(1, keepdim=True) - low) / levels, low
-
-
-def _inverse(d: Tensor) -> Tensor:
-    return torch.where(d == 0, 0.0, 1.0 / d)
-
-
-def _half(d: Tensor) -> Tensor:
-    return d.to(torch.float16).view(torch.uint8)
-
-
-def _nibbles(q: Tensor) -> Tensor:
-    """Value j in the low half of byte j, value j + 16 in its high half."""
-    return q[:, :16] | q[:, 16:] << 4
+def _affine(
+    x: Tensor, importance: Tensor | None, searches: Searches, levels: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d and m [blocks, 1] and q [blocks, 32]; without importance from minimum to maximum."""
+    groups = x.reshape(-1, 32)
+    if importance is not None:
+        weight = weighted(x, importance, searches, x.shape[1], 1.0).reshape(groups.shape)
+        d, low, q = searches.affine(groups, weight, Grid(levels, -0.9, 0.05, 37))
+        return d[:, None], -low[:, None], q
+    low, high = searches.bounds(groups)
+    d = (high - low) / constant(levels, x)
+    q = searches.truncate(groups, low, inverse(d), 0.5, levels)
+    return d[:, None], low[:, None], q
 
 
 def _fifth_bits(q: Tensor) -> Tensor:
-    """Bit 4 of value j as bit j % 8 of byte j // 8."""
-    bits = (q >> 4).reshape(-1, 4, 8)
-    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=q.device)
-    return (bits * places).sum(2, dtype=torch.uint8)
+    """Bit 4 of value j as bit j % 8 of byte j // 8.
+
+    Eight bytes of 0 or 1 are one integer; multiplying moves byte i's bit to place 56 + i.
+    """
+    return ((q >> 4).view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)

@@ -11,12 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hotloop_engine.ops.kernel import partial_sums, require_unit_last, row_tile, wide
+from hotloop_engine.ops.kernel import require_unit_last, row_tile, wide
+from hotloop_engine.ops.rms_norm.kernel import row_shares
 
-# Elements of one tensor that a thread holds: 32 are four 16-byte loads of bf16 in flight. The
-# weight gradients' accumulators and a second input leave registers for half as many.
-FORWARD_ELEMENTS = 32
-BACKWARD_ELEMENTS = 16
+FORWARD_ELEMENTS = 32  # of one tensor in a thread: four 16-byte loads of bf16 in flight
 
 
 @triton.jit
@@ -83,6 +81,7 @@ def _backward(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_D)[None, :]
@@ -92,7 +91,7 @@ def _backward(
         dw = tl.zeros((ROWS, BLOCK_D), dw_ptr.dtype.element_ty)
     if db_ptr is not None:
         db = tl.zeros((ROWS, BLOCK_D), db_ptr.dtype.element_ty)
-    for tile in range(program * tiles, (program + 1) * tiles):
+    for tile in tl.range(program * tiles, (program + 1) * tiles, num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = (row < T)[:, None] & (column < D)
         mean = tl.load(mean_ptr + row, mask=row < T, other=0.0)[:, None]
@@ -187,18 +186,13 @@ def backward(
     `need_dw`, dw also without w.
     """
     T, D = s_TD.shape
-    tile = row_tile(D, BACKWARD_ELEMENTS)
-    tiles = triton.cdiv(T, tile.rows)
+    shares = row_shares(s_TD, summing=need_dw, inputs=2 + (dresidual_TD is not None))
     ds_TD = s_TD.new_empty(T, D) if out is None else out
     require_unit_last(dy=dy_TD, s=s_TD, w=w_D, dresidual=dresidual_TD, out=ds_TD)
-    dw_PD, db_PD, tiles_each, programs = None, None, 1, tiles
-    if need_dw:
-        tiles_each = max(1, triton.cdiv(tiles, partial_sums(tiles, s_TD.device)))
-        programs = triton.cdiv(tiles, tiles_each)
-        dw_PD = None if w_D is None else rstd_T.new_empty(programs, D)
-        db_PD = rstd_T.new_empty(programs, D)
+    dw_PD = rstd_T.new_empty(shares.programs, D) if need_dw and w_D is not None else None
+    db_PD = rstd_T.new_empty(shares.programs, D) if need_dw else None
     if T:
-        _backward[(programs,)](
+        _backward[(shares.programs,)](
             dy_TD,
             s_TD,
             w_D,
@@ -209,15 +203,16 @@ def backward(
             dw_PD,
             db_PD,
             T,
-            tiles_each,
+            shares.tiles_each,
             dy_TD.stride(0),
             s_TD.stride(0),
             0 if dresidual_TD is None else dresidual_TD.stride(0),
             ds_TD.stride(0),
             D=D,
-            BLOCK_D=tile.width,
-            ROWS=tile.rows,
-            num_warps=tile.warps,
+            BLOCK_D=shares.tile.width,
+            ROWS=shares.tile.rows,
+            STAGES=shares.stages,
+            num_warps=shares.tile.warps,
         )
     dw_D = None if dw_PD is None else dw_PD.sum(0)
     return ds_TD, dw_D, None if db_PD is None else db_PD.sum(0)

@@ -14,6 +14,7 @@ from hotloop_core.errors import ConfigError, UnsupportedError
 from hotloop_core.kernels import HeadLossOptions
 
 from hotloop_engine.ops._select import implementation
+from hotloop_engine.ops.linear_cross_entropy.chunking import chunk_tokens as choose_chunk
 from hotloop_engine.ops.linear_cross_entropy.function import HeadLoss, HeadWork, run_forward
 from hotloop_engine.ops.linear_cross_entropy.labels import TrainedRows, shift_labels
 
@@ -29,13 +30,6 @@ __all__ = [
     "shift_labels",
 ]
 
-TILE_BYTES = 512 * 2**20
-"""The most that the tile of logits takes. 2,048 tokens of a vocabulary of 128,256 in 16 bit: enough
-rows for GEMMs at their full rate, and well under 1 GiB with what lies beside it."""
-
-ROW_MULTIPLE = 128
-"""Chunks are multiples of this where they can be: the height of a GEMM's own tiles."""
-
 DEFAULT = HeadLossOptions()
 
 
@@ -44,12 +38,16 @@ class TokenLosses(NamedTuple):
 
     loss, log_prob: fp32 (fp64 inputs: fp64), in nats. entropy: the same, None where not asked for.
     is_top1: bool, whether the label is the first of the largest logits.
+    mean_logit, log_sum_sq_prob: the mean of z over the vocabulary and log sum p^2, both without a
+        gradient; None where not asked for.
     """
 
     loss: Tensor
     log_prob: Tensor
     entropy: Tensor | None
     is_top1: Tensor
+    mean_logit: Tensor | None = None
+    log_sum_sq_prob: Tensor | None = None
 
 
 def linear_cross_entropy(
@@ -83,7 +81,7 @@ def linear_cross_entropy(
             call, and then the loss of no label at all is NaN, as `F.cross_entropy`'s.
         rows: which rows are trained, where the caller has begun to count them; None counts here,
             which stops the host once for a number from the device.
-        chunk_tokens: the most tokens in one tile; None: what fits into `TILE_BYTES`.
+        chunk_tokens: the most tokens in one tile; None: see `chunking`.
         impl: "triton", "reference" or a plugin's; None lets the device decide.
 
     Returns:
@@ -114,15 +112,16 @@ def linear_log_probs(
     options: HeadLossOptions = DEFAULT,
     entropy: bool = False,
     entropy_gradient: bool = False,
+    moments: bool = False,
     rows: TrainedRows | None = None,
     chunk_tokens: int | None = None,
     impl: str | None = None,
 ) -> TokenLosses:
     """Loss, log-probability, entropy and is-top-1 of every label, each with its own gradient.
 
-    Where the head is frozen, the loss is just -log_prob and the entropy needs no gradient, the
-    gradient is made beside the loss (two GEMMs, and a second backward raises); otherwise backward
-    makes the logits again (three GEMMs, four where the head trains).
+    Where the head is frozen and the loss is just -log_prob, the gradient is made beside the loss
+    (two GEMMs, and a second backward raises); otherwise backward makes the logits again (three
+    GEMMs, four where the head trains). So it does where backward brings a gradient of the entropy.
 
     Args:
         hidden: (..., D); this and all that is not listed here as in `linear_cross_entropy`.
@@ -131,7 +130,9 @@ def linear_log_probs(
         bias: (V,).
         options: temperature and the rest.
         entropy: whether to return the entropy of each trained position.
-        entropy_gradient: whether it can be differentiated; needs `entropy`.
+        entropy_gradient: whether it can be differentiated; needs `entropy`. Costs two GEMMs where
+            backward then brings such a gradient, and until backward the inputs are kept.
+        moments: whether to return `mean_logit` and `log_sum_sq_prob`.
         rows: which rows are trained.
         chunk_tokens: the most tokens in one tile.
         impl: which implementation runs.
@@ -154,6 +155,7 @@ def linear_log_probs(
         impl,
         entropy=entropy,
         entropy_gradient=entropy_gradient,
+        moments=moments,
     )
 
 
@@ -181,6 +183,7 @@ def _token_losses(
     divisor: Tensor | int | None = None,
     entropy: bool = False,
     entropy_gradient: bool = False,
+    moments: bool = False,
 ) -> TokenLosses:
     """The token losses.
 
@@ -195,7 +198,7 @@ def _token_losses(
     )
     if not (train_hidden or train_weight or train_bias):
         gradient = "none"
-    elif uniform or not (train_weight or train_bias or entropy_gradient or not options.loss_is_nll):
+    elif uniform or not (train_weight or train_bias or not options.loss_is_nll):
         gradient = "forward"
     else:
         gradient = "backward"
@@ -203,10 +206,12 @@ def _token_losses(
         ops=implementation("linear_cross_entropy", hidden.device, impl),
         options=options,
         rows=rows,
-        chunk_tokens=_chunk_tokens(rows.count, weight.shape[0], dtype, chunk_tokens),
+        chunk_tokens=choose_chunk(rows.count, weight, dtype, chunk_tokens),
         dtype=dtype,
         dloss=_mantissa(divisor, hidden, dtype),
         entropy=entropy,
+        entropy_gradient=entropy_gradient,
+        moments=moments,
         gradient=gradient,
         train_hidden=train_hidden,
         train_weight=train_weight,
@@ -215,16 +220,19 @@ def _token_losses(
     arguments = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), work)
     if gradient == "none":
         with torch.no_grad():
-            (loss_T, log_prob_T, entropy_T, is_top1_T), _, _ = run_forward(*arguments)
+            outputs, _, _ = run_forward(*arguments)
     else:
-        loss_T, log_prob_T, entropy_T, is_top1_T = HeadLoss.apply(*arguments)
-    if entropy_T is not None:
-        entropy_T = (entropy_T if entropy_gradient else entropy_T.detach()).view(labels.shape)
+        outputs = HeadLoss.apply(*arguments)
+    loss_T, log_prob_T, entropy_T, is_top1_T, moments_2T = outputs
+    shape = labels.shape
+    mean_logit, log_sum_sq_prob = (None, None) if moments_2T is None else moments_2T.view(2, *shape)
     return TokenLosses(
-        loss=loss_T.view(labels.shape),
-        log_prob=log_prob_T.view(labels.shape),
-        entropy=entropy_T,
-        is_top1=is_top1_T.view(labels.shape),
+        loss=loss_T.view(shape),
+        log_prob=log_prob_T.view(shape),
+        entropy=None if entropy_T is None else entropy_T.view(shape),
+        is_top1=is_top1_T.view(shape),
+        mean_logit=mean_logit,
+        log_sum_sq_prob=log_sum_sq_prob,
     )
 
 
@@ -273,16 +281,3 @@ def _compute_dtype(
                 "autocast the head must have the same dtype or fp32. Cast one of them."
             )
     return hidden.dtype
-
-
-def _chunk_tokens(count: int, vocabulary: int, dtype: torch.dtype, asked: int | None) -> int:
-    """Tokens in a tile: the most that fit, shared out evenly over as few chunks as that allows."""
-    if asked is not None:
-        if asked < 1:
-            raise ConfigError(f"chunk_tokens is {asked}; expected at least 1, or None.")
-        return asked
-    most = max(1, TILE_BYTES // (max(1, vocabulary) * dtype.itemsize))
-    if most >= ROW_MULTIPLE:
-        most -= most % ROW_MULTIPLE
-    even = -(-count // max(1, -(-count // most)))
-    return max(1, min(most, -(-even // ROW_MULTIPLE) * ROW_MULTIPLE))

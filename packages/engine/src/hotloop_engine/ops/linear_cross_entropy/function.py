@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 PITCH = 64
 """Rows of the tile begin at multiples of this many elements, or cuBLAS takes its slow kernels."""
 
-Outputs = tuple["Tensor", "Tensor", "Tensor | None", "Tensor"]
+Outputs = tuple["Tensor", "Tensor", "Tensor | None", "Tensor", "Tensor | None"]
+"""loss_T, log_prob_T, entropy_T, is_top1_T, moments_2T (mean z and log sum p^2)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,6 +34,9 @@ class HeadWork:
         before it is rounded, and divided by in backward. The mantissa of 1 / num_items leaves
         backward a power of two, which rounds nothing; its exponent stays out, so that nothing is
         lost to fp16.
+    moments: whether mean z and log sum p^2 are returned; they have no gradient.
+    entropy_gradient: the entropy may be differentiated. A gradient made in forward does not have
+        that part, so the inputs are kept, and all is made again if backward does bring one.
     """
 
     ops: CrossEntropyRows
@@ -42,6 +46,8 @@ class HeadWork:
     dtype: torch.dtype
     dloss: Tensor
     entropy: bool
+    entropy_gradient: bool
+    moments: bool
     gradient: Literal["none", "forward", "backward"]
     train_hidden: bool
     train_weight: bool
@@ -135,18 +141,23 @@ def run_forward(
     loss_T, log_prob_T, lse_T = (hidden_TD.new_zeros(total, dtype=wide) for _ in range(3))
     entropy_T = hidden_TD.new_zeros(total, dtype=wide) if work.entropy else None
     is_top1_T = hidden_TD.new_zeros(total, dtype=torch.bool)
+    moments_2T = hidden_TD.new_zeros(2, total, dtype=wide) if work.moments else None
     in_forward = work.gradient == "forward"
     with torch.autocast(hidden_TD.device.type, enabled=False):
         gradients = HeadGradients(hidden_TD, weight_VD, work) if in_forward else None
         weight_VD = weight_VD.to(work.dtype)
         bias_V = None if bias_V is None else bias_V.to(work.dtype)
         for rows, hidden_CD, logits_CV in chunks(hidden_TD, weight_VD, bias_V, work):
+            moments: dict[str, Any] = {}  # an implementation without them serves all who need none
+            if moments_2T is not None:
+                moments["moments_2T"] = moments_2T.new_empty(2, len(logits_CV))
             found = work.ops.forward_(
                 logits_CV,
                 labels_T[rows],
                 options=work.options,
                 dloss_T=work.dloss.expand(len(logits_CV)) if in_forward else None,
                 want_entropy=work.entropy,
+                **moments,
             )
             loss_T[rows] = found.loss_T
             log_prob_T[rows] = found.log_prob_T
@@ -154,13 +165,15 @@ def run_forward(
             is_top1_T[rows] = found.is_top1_T
             if entropy_T is not None and found.entropy_T is not None:
                 entropy_T[rows] = found.entropy_T
+            if moments_2T is not None:
+                moments_2T[:, rows] = moments["moments_2T"]
             if gradients is not None:
                 gradients.add(logits_CV, hidden_CD, weight_VD, rows)
-    return (loss_T, log_prob_T, entropy_T, is_top1_T), lse_T, gradients
+    return (loss_T, log_prob_T, entropy_T, is_top1_T, moments_2T), lse_T, gradients
 
 
 class HeadLoss(torch.autograd.Function):
-    """(loss_T, log_prob_T, entropy_T or None, is_top1_T) from hidden states, head and labels."""
+    """`Outputs` from hidden states, head and labels."""
 
     @staticmethod
     def forward(
@@ -177,10 +190,10 @@ class HeadLoss(torch.autograd.Function):
         ctx.dtypes = weight_VD.dtype, None if bias_V is None else bias_V.dtype
         # Not a saved tensor: backward turns it into the gradient that it returns.
         ctx.gradients = gradients
-        if work.gradient == "backward":
+        if work.gradient == "backward" or work.entropy_gradient:
             ctx.save_for_backward(hidden_TD, weight_VD, bias_V, labels_T, lse_T, outputs[2])
-        else:
-            ctx.mark_non_differentiable(*(o for o in outputs[2:] if o is not None))
+        plain = outputs[3:] if work.entropy_gradient else outputs[2:]
+        ctx.mark_non_differentiable(*(o for o in plain if o is not None))
         ctx.set_materialize_grads(False)
         return outputs
 
@@ -193,10 +206,11 @@ class HeadLoss(torch.autograd.Function):
                 "one. Pass create_graph=False, or compute this loss from logits."
             )
         work: HeadWork = ctx.work
-        dloss_T, dlog_prob_T, dentropy_T, _ = grad_outputs
+        dloss_T, dlog_prob_T, dentropy_T, *_ = grad_outputs
         if dloss_T is None and dlog_prob_T is None and dentropy_T is None:
             return (None,) * 5
-        if work.gradient == "backward":
+        if work.gradient == "backward" or dentropy_T is not None:
+            ctx.gradients = None
             return _made_again(ctx, dloss_T, dlog_prob_T, dentropy_T)
         if ctx.spent:
             raise GradientError(

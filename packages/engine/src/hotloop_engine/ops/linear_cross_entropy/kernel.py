@@ -92,7 +92,13 @@ def _write_gradient(
         if ENTROPY:
             g -= dentropy * p * (tl.maximum(log_p, LOWEST) + entropy)
         g = tl.where(v == label, g - beta, g)
-        tl.store(logits_ptr + v, (g * dz).to(logits_ptr.dtype.element_ty), mask=v < V)
+        # Written lines leave the cache first: the logits that are still to be read again stay.
+        tl.store(
+            logits_ptr + v,
+            (g * dz).to(logits_ptr.dtype.element_ty),
+            mask=v < V,
+            eviction_policy="evict_first",
+        )
 
 
 @triton.jit
@@ -103,6 +109,7 @@ def _forward(
     log_prob_ptr,
     lse_ptr,
     entropy_ptr,
+    moments_ptr,
     top1_ptr,
     dloss_ptr,
     dloss_stride,
@@ -116,6 +123,7 @@ def _forward(
     SOFTCAP: tl.constexpr,
     SMOOTHING: tl.constexpr,
     ENTROPY: tl.constexpr,
+    MOMENTS: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -135,6 +143,7 @@ def _forward(
     peak = tl.full((BLOCK,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)  # sum of exp(z - peak), lane by lane
     weighted = tl.zeros((BLOCK,), tl.float32)  # sum of exp(z - peak) z
+    squares = tl.zeros((BLOCK,), tl.float32)  # sum of exp(z - peak)^2
     plain = tl.zeros((BLOCK,), tl.float32)  # sum of z
     peak_at = tl.zeros((BLOCK,), tl.int32)  # the block in which a lane first met its peak
     for start in range(0, V, BLOCK):
@@ -149,7 +158,10 @@ def _forward(
         if ENTROPY:
             share = tl.where(z > LOWEST, z, 0.0)  # 0 log 0 = 0
             weighted = tl.where(rises, weighted * fade + share, weighted + fade * share)
-        if SMOOTHING:
+        if MOMENTS:
+            faded = fade * fade
+            squares = tl.where(rises, squares * faded + 1, squares + faded)
+        if SMOOTHING or MOMENTS:
             plain += tl.where(v < V, z, 0.0)
         peak = tl.where(rises, z, peak)
         peak_at = tl.where(rises, start, peak_at)
@@ -169,6 +181,10 @@ def _forward(
     tl.store(top1_ptr + row, (first == label).to(tl.uint8))
     if ENTROPY:
         tl.store(entropy_ptr + row, lse - tl.sum(weighted * fade, 0) / row_total)
+    if MOMENTS:
+        tl.store(moments_ptr + row, tl.sum(plain, 0) / V)
+        collision = tl.log(tl.sum(squares * fade * fade, 0)) - 2 * tl.log(row_total)
+        tl.store(moments_ptr + tl.num_programs(0) + row, collision)
     if GRADIENT:
         _write_gradient(
             logits_ptr,
@@ -265,8 +281,12 @@ def forward_(
     options: HeadLossOptions,
     dloss_T: Tensor | None,
     want_entropy: bool,
+    moments_2T: Tensor | None = None,
 ) -> RowStatistics:
-    """As `CrossEntropyRows.forward_`; bf16, fp16 and fp32."""
+    """As `CrossEntropyRows.forward_`; bf16, fp16 and fp32.
+
+    moments_2T: contiguous, fp32; filled with the mean of z and log sum p^2 of each row.
+    """
     _refuse_fp64(logits_TV)
     rows, vocabulary = logits_TV.shape
     loss, log_prob, lse, entropy = torch.empty(
@@ -281,6 +301,7 @@ def forward_(
             log_prob,
             lse,
             entropy,
+            lse if moments_2T is None else moments_2T,
             top1.view(torch.uint8),
             lse if dloss_T is None else dloss_T,
             0 if dloss_T is None else dloss_T.stride(0),
@@ -290,6 +311,7 @@ def forward_(
             SOFTCAP=options.softcap is not None,
             SMOOTHING=options.label_smoothing != 0,
             ENTROPY=want_entropy,
+            MOMENTS=moments_2T is not None,
             GRADIENT=dloss_T is not None,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,

@@ -23,8 +23,9 @@ def forward_(
     options: HeadLossOptions,
     dloss_T: Tensor | None,
     want_entropy: bool,
+    moments_2T: Tensor | None = None,
 ) -> RowStatistics:
-    """As `CrossEntropyRows.forward_`."""
+    """As `CrossEntropyRows.forward_`; `moments_2T` is filled with mean z and log sum p^2."""
     z_TV, _ = _z_and_slope(logits_TV, options)
     lse_T = z_TV.logsumexp(-1)
     log_prob_T = z_TV.gather(1, labels_T[:, None])[:, 0] - lse_T
@@ -37,6 +38,9 @@ def forward_(
         log_p_TV = z_TV - lse_T[:, None]
         # A logit of -inf has no share in the entropy: 0 log 0 = 0.
         entropy_T = -(log_p_TV.exp() * log_p_TV.clamp_min(torch.finfo(z_TV.dtype).min)).sum(-1)
+    if moments_2T is not None:
+        moments_2T[0] = z_TV.mean(-1)
+        moments_2T[1] = (2 * (z_TV - lse_T[:, None])).logsumexp(-1)
     statistics = RowStatistics(
         loss_T=nll_T + options.z_loss * lse_T.square(),
         log_prob_T=log_prob_T,

@@ -5,17 +5,30 @@ Equation, shapes and dtypes as in `reference.py`. Reductions in fp32 (fp64 for f
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hotloop_engine.ops.kernel import launch, partial_sums, require_unit_last, row_tile, wide
+from hotloop_engine.ops._ahead import stages_ahead
+from hotloop_engine.ops.kernel import (
+    RowTile,
+    launch,
+    multiprocessors,
+    require_unit_last,
+    row_tile,
+    wide,
+)
 
-# Elements of one tensor that a thread holds: 32 are four 16-byte loads of bf16 in flight. The
-# weight gradient's accumulator and a second input leave registers for half as many.
+# Elements of one tensor that a thread holds: 32 are four 16-byte loads of bf16 in flight. A second
+# input leaves registers for half as many. With the weight gradient's sums, 8 are 54 registers (16
+# were 121), so that 32 warps share a multiprocessor; the loads in flight are in shared memory then.
 FORWARD_ELEMENTS = 32
 BACKWARD_ELEMENTS = 16
+SUMMING_ELEMENTS = 8
+WARPS_RESIDENT = 32  # on a multiprocessor, at 64 registers a thread
 
 
 @triton.jit
@@ -75,6 +88,7 @@ def _backward(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     column = tl.arange(0, BLOCK_D)[None, :]
@@ -82,7 +96,7 @@ def _backward(
         w = OFFSET + wide(tl.load(w_ptr + column, mask=column < D, other=0.0))
     if dw_ptr is not None:
         dw = tl.zeros((ROWS, BLOCK_D), dw_ptr.dtype.element_ty)
-    for tile in range(program * tiles, (program + 1) * tiles):
+    for tile in tl.range(program * tiles, (program + 1) * tiles, num_stages=STAGES):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = (row < T)[:, None] & (column < D)
         rstd = tl.load(rstd_ptr + row, mask=row < T, other=0.0)[:, None]
@@ -158,6 +172,32 @@ def forward(
     return y_TD, rstd_T, s_TD
 
 
+class RowShares(NamedTuple):
+    """How a backward over rows is shared out: the tile, the programs, their tiles, their stages."""
+
+    tile: RowTile
+    programs: int
+    tiles_each: int
+    stages: int
+
+
+def row_shares(s_TD: Tensor, *, summing: bool, inputs: int) -> RowShares:
+    """The launch of a norm's backward that reads `inputs` tensors like s.
+
+    Without sums over tokens, a program for each tile. With them, one for each place on the card (a
+    partial sum each, which is written and read again), and eight tiles each at the least.
+    """
+    T, D = s_TD.shape
+    tile = row_tile(D, SUMMING_ELEMENTS if summing else BACKWARD_ELEMENTS)
+    tiles = triton.cdiv(T, tile.rows)
+    if not summing or not tiles:
+        return RowShares(tile, tiles, 1, 1)
+    places = multiprocessors(s_TD.device) * (WARPS_RESIDENT // tile.warps)
+    tiles_each = triton.cdiv(tiles, max(1, min(places, tiles // 8)))
+    stages = stages_ahead(inputs * tile.rows * tile.width * s_TD.element_size())
+    return RowShares(tile, triton.cdiv(tiles, tiles_each), tiles_each, stages)
+
+
 def backward(
     dy_TD: Tensor,
     s_TD: Tensor,
@@ -174,21 +214,15 @@ def backward(
     g = dy (offset + w) and x = s rstd.
     """
     T, D = s_TD.shape
-    tile = row_tile(D, BACKWARD_ELEMENTS)
-    tiles = triton.cdiv(T, tile.rows)
+    summing = need_dw and w_D is not None
+    shares = row_shares(s_TD, summing=summing, inputs=2 + (dresidual_TD is not None))
     ds_TD = s_TD.new_empty(T, D) if out is None else out
     require_unit_last(dy=dy_TD, s=s_TD, w=w_D, dresidual=dresidual_TD, out=ds_TD)
-    dw_PD, programs = None, tiles
-    if need_dw and w_D is not None:
-        tiles_each = triton.cdiv(tiles, partial_sums(tiles, s_TD.device))
-        programs = triton.cdiv(tiles, tiles_each) if tiles else 0
-        dw_PD = rstd_T.new_empty(programs, D)
-    else:
-        tiles_each = 1
+    dw_PD = rstd_T.new_empty(shares.programs, D) if summing else None
     if T:
         launch(
             _backward,
-            programs,
+            shares.programs,
             (
                 dy_TD,
                 s_TD,
@@ -198,7 +232,7 @@ def backward(
                 ds_TD,
                 dw_PD,
                 T,
-                tiles_each,
+                shares.tiles_each,
                 dy_TD.stride(0),
                 s_TD.stride(0),
                 0 if dresidual_TD is None else dresidual_TD.stride(0),
@@ -207,9 +241,10 @@ def backward(
             {
                 "OFFSET": offset,
                 "D": D,
-                "BLOCK_D": tile.width,
-                "ROWS": tile.rows,
+                "BLOCK_D": shares.tile.width,
+                "ROWS": shares.tile.rows,
+                "STAGES": shares.stages,
             },
-            num_warps=tile.warps,
+            num_warps=shares.tile.warps,
         )
     return ds_TD, None if dw_PD is None else dw_PD.sum(0)

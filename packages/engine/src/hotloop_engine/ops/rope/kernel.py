@@ -14,18 +14,28 @@ import triton
 import triton.language as tl
 from hotloop_core.errors import ConfigError
 
+from hotloop_engine.ops._ahead import stages_ahead
 from hotloop_engine.ops.kernel import launch, partial_sums, require_unit_last, wide
 
 if TYPE_CHECKING:
     from hotloop_core.kernels import HeadNorm
     from torch import Tensor
 
-# Pairs of one tensor that a program holds at once: 32 heads of 128, which is all of most models'.
-PAIRS = 2048
-# Pairs that a thread holds: 16 are four 16-byte loads of bf16 in flight. The norm's backward reads
-# a second tensor and accumulates a weight gradient, which leaves registers for half as many.
-PAIRS_PER_THREAD = 16
-PAIRS_PER_THREAD_NORM_BACKWARD = 8
+
+class _Share(NamedTuple):
+    """Pairs of one tensor that a program and a thread hold at once."""
+
+    program: int
+    thread: int
+
+
+# 2,048 pairs are 32 heads of 128, which is all of most models'; 16 in a thread are four 16-byte
+# loads of bf16 in flight. The norm's backward reads a second tensor. A weight gradient is summed
+# head upon head in a quarter of the memory: 64 registers (2,048 and 8 pairs take 124), so that 32
+# warps share a multiprocessor; the loads in flight are in shared memory then.
+PLAIN = _Share(2048, 16)
+NORM_BACKWARD = _Share(2048, 8)
+SUMMING = _Share(512, 2)
 
 
 @triton.jit
@@ -239,6 +249,7 @@ def _rotate(
     INTERLEAVED: tl.constexpr,
     BACKWARD: tl.constexpr,
     LONG: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """`in` is what is rotated: forward's q and k, or their gradients; q and k, forward's inputs."""
     q_strides = (
@@ -262,7 +273,8 @@ def _rotate(
     wq = _weight(wq_ptr, OFFSET_Q, HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED)
     wk = _weight(wk_ptr, OFFSET_K, HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED)
     program = tl.program_id(0)
-    for token in range(program * tokens, tl.minimum((program + 1) * tokens, T)):
+    last = tl.minimum((program + 1) * tokens, T)
+    for token in tl.range(program * tokens, last, num_stages=STAGES):
         at = tl.cast(token % P, tl.int64) + tl.zeros((1, 1), tl.int64)
         cos1, cos2 = _load_pair(cos_ptr + at * cos_stride, at >= 0, HALF, BLOCK_HALF, False)
         sin1, sin2 = _load_pair(sin_ptr + at * sin_stride, at >= 0, HALF, BLOCK_HALF, False)
@@ -302,12 +314,12 @@ class _Blocks(NamedTuple):
 
 
 @cache
-def _blocks(H: int, G: int, half: int, rest: int, pairs_per_thread: int) -> _Blocks:
+def _blocks(H: int, G: int, half: int, rest: int, share: _Share) -> _Blocks:
     block_half, block_rest = triton.next_power_of_2(half), triton.next_power_of_2(max(1, rest))
-    most_heads = max(1, PAIRS // max(block_half, block_rest // 2))
+    most_heads = max(1, share.program // max(block_half, block_rest // 2))
     q_heads, k_heads = (min(most_heads, triton.next_power_of_2(max(1, n))) for n in (H, G))
     pairs = max(q_heads, k_heads) * triton.next_power_of_2(half + rest // 2)
-    warps = pairs // (32 * pairs_per_thread)
+    warps = pairs // (32 * share.thread)
     return _Blocks(q_heads, k_heads, block_half, block_rest, min(8, max(1, warps)))
 
 
@@ -337,10 +349,12 @@ def _launch(
     wq, wk = (None if norm is None else norm.w_K for norm in norms)
     require_unit_last(q=q_in, k=k_in, forward_q=q, forward_k=k, out_q=q_out, out_k=k_out)
     require_unit_last(cos=cos_PR, sin=sin_PR, q_weight=wq, k_weight=wk)
-    per_thread = PAIRS_PER_THREAD_NORM_BACKWARD if backward and any(norms) else PAIRS_PER_THREAD
-    blocks = _blocks(H, G, R // 2, K - R, per_thread)
-    tokens_each, dw_2K = 1, None
-    if need_dw and not (wq is None and wk is None):
+    summing = need_dw and not (wq is None and wk is None)
+    share = SUMMING if summing else NORM_BACKWARD if backward and any(norms) else PLAIN
+    blocks = _blocks(H, G, R // 2, K - R, share)
+    tokens_each, stages, dw_2K = 1, 1, None
+    if summing:
+        stages = stages_ahead(2 * (H + G) * K * q_in.element_size())
         tokens_each = max(1, triton.cdiv(T, partial_sums(T, q_in.device)))
         wide_dtype = torch.float64 if q_in.dtype == torch.float64 else torch.float32
         dw_2K = q_in.new_empty(triton.cdiv(T, tokens_each), 2, K, dtype=wide_dtype)
@@ -391,6 +405,7 @@ def _launch(
                 "INTERLEAVED": interleaved,
                 "BACKWARD": backward,
                 "LONG": any(_last_element(tensor) >= 2**31 for tensor in used),
+                "STAGES": stages,
             },
             num_warps=blocks.warps,
         )

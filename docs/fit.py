@@ -1,0 +1,236 @@
+"""Writes the tables of "Will it fit?": what the planner says, beside what benchmarks/history has measured.
+
+    python docs/fit.py
+
+A test fails while the page has others.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from hotloop.planner import CARDS, Request, plan
+from hotloop.planner.task import Task
+from hotloop_core import Plan
+from hotloop_core.errors import BudgetError
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "guide" / "will-it-fit.md"
+SHAPES = json.loads((ROOT / "benchmarks" / "shapes.json").read_text(encoding="utf-8"))
+HISTORY = ROOT / "benchmarks" / "history" / "yardstick.jsonl"
+GIB = 2**30
+HOST = "100GiB"
+COMMON: dict[str, Any] = {"card": "H100", "lora": 16, "host": HOST}
+
+NAMES = {"Llama-3-8B": "llama3-8b", "Llama-3-70B": "llama3-70b", "Mistral-7B": "mistral-7b"}
+"""What the yardstick calls these shapes."""
+
+PUBLISHED_GB = {
+    "Llama-3.2-3B": 3.5,
+    "Llama-3-8B": 6,
+    "Qwen2.5-14B": 8.5,
+    "Qwen2.5-32B": 26,
+    "Llama-3-70B": 41,
+}
+"""The least that Unsloth publishes for models of these sizes, QLoRA."""
+
+Row = dict[str, Any]
+
+
+def rows() -> list[Row]:
+    """Hotloop's rows of the yardstick that ended well and had the card for themselves."""
+    lines = HISTORY.read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines if line]
+    return [
+        row
+        for row in found
+        if row.get("framework") == "hotloop" and not row.get("oom") and "note" not in row
+    ]
+
+
+def least() -> str:
+    """The least device memory of each shape at 2,048 tokens."""
+    table = [
+        "| model | least, planned | host memory | tokens/s there | measured peak | published, others |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, published in PUBLISHED_GB.items():
+        found = Task.of(SHAPES[name], Request(tokens=2048, **COMMON)).least()
+        assert found is not None
+        size, chosen = found
+        measured = [
+            row["peak_gib"]
+            for row in rows()
+            if row.get("model") == NAMES.get(name) and row.get("batch", 0) * row["seq"] == 2048
+        ]
+        table.append(
+            f"| {name} | {size / GIB:.1f} GiB | {chosen.host / GIB:.1f} GiB "
+            f"| {2048 / chosen.ms * 1e3:,.0f} | {_gib(min(measured, default=None))} | {published} GB |"
+        )
+    return "\n".join(table)
+
+
+def contexts() -> str:
+    """The longest single sequences, and two lengths that people ask for."""
+    table = [
+        "| model | budget | tokens | peak, planned | host memory | s a step | measured | others |",
+        "|---|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    cases = [
+        ("Llama-3-8B", 23, None, "78,475 published for 24 GB"),
+        ("Llama-3-8B", 78, None, "342,733 published for 80 GB"),
+        ("Mistral-7B", 23, 57_344, "56K published for 24 GB"),
+        ("Mistral-7B", 23, 131_072, ""),
+    ]
+    for name, gib, tokens, others in cases:
+        request = Request(tokens=tokens or 2048, vram=f"{gib}GiB", **COMMON)
+        length = tokens or Task.of(SHAPES[name], request).longest()
+        made = plan(SHAPES[name], tokens=length, vram=f"{gib}GiB", **COMMON)
+        longest = "the longest: " if tokens is None else ""
+        table.append(
+            f"| {name} | {gib} GiB | {longest}{length:,} | {made.peak_bytes / GIB:.1f} GiB "
+            f"| {made.host_bytes / GIB:.1f} GiB | {_seconds(made):.1f} "
+            f"| {_measured_context(name, gib, tokens)} | {others} |"
+        )
+    return "\n".join(table)
+
+
+def _measured_context(name: str, gib: int, tokens: int | None) -> str:
+    """The row of that length, or of the longest, with its time per step."""
+    fitting = [
+        row
+        for row in rows()
+        if row.get("model") == NAMES[name]
+        and row.get("vram") == gib
+        and row.get("batch", 1) == 1
+        and row.get("seq", 0) >= (tokens or 16_384)
+    ]
+    if not fitting:
+        return ""
+    row = (
+        max(fitting, key=lambda r: r["seq"])
+        if tokens is None
+        else min(fitting, key=lambda r: r["seq"])
+    )
+    return f"{row['seq']:,} tokens, {row['seq'] / row['tok_s']:.1f} s, {_gib(row['peak_gib'])}"
+
+
+def budgets() -> str:
+    """What memory buys: the 8B at 8 x 2048 tokens on an H100."""
+    table = [
+        "| budget | tokens/s | peak, planned | host memory | what the plan does |",
+        "|---:|---:|---:|---:|---|",
+    ]
+    for gib in (4, 6, 8, 10, 16, 24, 40, 60):
+        made = plan(SHAPES["Llama-3-8B"], tokens=16384, longest=2048, vram=f"{gib}GiB", **COMMON)
+        layers = "; ".join(line.strip() for line in str(made).splitlines()[1 : _layer_lines(made)])
+        table.append(
+            f"| {gib} GiB | {16384 / _seconds(made):,.0f} | {made.peak_bytes / GIB:.1f} GiB "
+            f"| {made.host_bytes / GIB:.1f} GiB | {layers} |"
+        )
+    return "\n".join(table)
+
+
+def _layer_lines(made: Plan) -> int:
+    """How many lines of a printed plan come before the first size."""
+    return next(
+        i for i, line in enumerate(str(made).splitlines()) if line.startswith("  weights  ")
+    )
+
+
+def cards() -> str:
+    """The 8B on each card of the table."""
+    table = [
+        "| card | memory | link, GB/s | 8B, 4 x 2048: tokens/s | longest context, 8B | longest context, 70B |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for card in CARDS:
+        request = Request(tokens=8192, longest=2048, lora=16, card=card)
+        task = Task.of(SHAPES["Llama-3-8B"], request)
+        largest = Task.of(SHAPES["Llama-3-70B"], request).longest()
+        try:
+            speed = f"{8192 / _seconds(task.plan()):,.0f}"
+        except BudgetError:
+            speed = "does not fit"
+        table.append(
+            f"| {card.name} | {card.memory / GIB:.1f} GiB | {card.link_gbs:g} | {speed} "
+            f"| {task.longest():,} | {f'{largest:,}' if largest else 'does not fit'} |"
+        )
+    return "\n".join(table)
+
+
+def predictions() -> str:
+    """Each measured setting of the yardstick beside the planner's prediction for it."""
+    table = [
+        "| setting | peak of tensors, planned | measured | reserved, planned | measured | step, planned "
+        "| measured |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row, made in predicted():
+        tensors = made.peak_bytes - made.memory["allocator slack"]
+        step = _seconds(made)
+        table.append(
+            f"| {name} | {tensors / GIB:.2f} GiB | {_off(row['peak_gib'], tensors / GIB)} "
+            f"| {made.peak_bytes / GIB:.2f} GiB | {_off(row['reserved_gib'], made.peak_bytes / GIB)} "
+            f"| {step * 1e3:.0f} ms | {row['step_s'] * 1e3:.0f} ms ({step / row['step_s'] - 1:+.0%}) |"
+        )
+    return "\n".join(table)
+
+
+def predicted() -> list[tuple[str, Row, Plan]]:
+    """(setting, row, plan) of the last row of each setting whose plan is known: nothing recomputed, or
+    what the row's own `placements` says (null: the planner's choice within the row's `vram`).
+    """
+    shapes = {short: SHAPES[name] for name, short in NAMES.items()}
+    last: dict[str, tuple[Row, Plan]] = {}
+    for row in rows():
+        known = "placements" in row or (not row.get("ckpt", True) and not row.get("vram"))
+        if row.get("model") not in shapes or not known or "step_s" not in row:
+            continue
+        made = plan(
+            shapes[row["model"]],
+            tokens=row["batch"] * row["seq"],
+            longest=row["seq"],
+            bits=row["bits"],
+            placements=row.get("placements", "keep"),
+            vram=f"{row['vram']}GiB" if row.get("vram") else "78.5GiB",
+            **COMMON,
+        )
+        how = {"keep": "all kept", None: "planned"}.get(row.get("placements", "keep"), "chosen")
+        under = f" under {row['vram']:g} GiB" if row.get("vram") else ""
+        bits = "QLoRA" if row["bits"] == 4 else "LoRA, 16-bit base"
+        name = f"{row['model']}, {bits}, {row['batch']} x {row['seq']:,}, {how}{under}"
+        last[name] = row, made
+    return [(name, row, made) for name, (row, made) in last.items()]
+
+
+def _seconds(made: Plan) -> float:
+    return sum(made.step_ms.values()) / 1e3
+
+
+def _gib(size: float | None) -> str:
+    return "" if size is None else f"{size:.1f} GiB"
+
+
+def _off(measured: float, predicted: float) -> str:
+    return f"{measured:.2f} GiB ({predicted / measured - 1:+.1%})"
+
+
+def rewritten(text: str) -> str:
+    """`text` with what stands between its markers made anew."""
+    for make in (least, contexts, budgets, cards, predictions):
+        name = make.__name__
+        text = re.sub(
+            rf"<!-- {name} -->\n.*?<!-- /{name} -->",
+            lambda _, name=name, make=make: f"<!-- {name} -->\n{make()}\n<!-- /{name} -->",
+            text,
+            flags=re.DOTALL,
+        )
+    return text
+
+
+if __name__ == "__main__":
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

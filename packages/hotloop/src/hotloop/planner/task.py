@@ -1,0 +1,379 @@
+"""A request read, and what can be asked of it: the fastest plan, the least memory, the longest context."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import inf
+from typing import TYPE_CHECKING, Any, Literal
+
+from hotloop_core import ModelFacts, Placement, Plan
+from hotloop_core.errors import BudgetError, ConfigError, PlanError
+from hotloop_core.plan import RECOMPUTE_ALL, amount
+
+from .cards import REFERENCE, Card, find_card, present_card
+from .host import HOST_SHARE, assumed_host_memory, free_host_memory
+from .job import OPTIMIZER_BYTES, Job
+from .kinds import Kind, chosen, recompute_all
+from .read import ranks_of, read
+from .search import fastest, homes_of, lean, least, spaces
+from .space import Bounds, Found, Homes
+
+if TYPE_CHECKING:
+    import os
+
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    Source = (
+        PreTrainedModel | PreTrainedConfig | ModelFacts | Mapping[str, Any] | str | os.PathLike[str]
+    )
+
+Placements = Literal["keep", "recompute", "offload"] | Mapping[str, Placement | str]
+"""Fixed choices for every layer: keep all; recompute all; recompute all and offload each layer's
+input; or tensor name -> placement (others are kept)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `plan` is asked, but for the model; its arguments by the same names."""
+
+    tokens: int
+    longest: int | None = None
+    lora: int | Mapping[str, int] | None = None
+    vram: str | int | None = None
+    host: str | int | None = None
+    card: str | Card | None = None
+    bits: int = 4
+    dtype: str | torch.dtype = "bfloat16"
+    full_finetuning: bool = False
+    optimizer: str = "adamw_8bit"
+    placements: Placements | None = None
+    family: str | None = None
+    homes: Plan | None = None
+    nf4_kv: bool = False
+
+
+WORTH = 0.05
+"""Of a step: how much faster another plan must be to be worth a note."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A request read: the job, the card's rates, and what must hold it.
+
+    rates: of the card, or of the reference where it is unknown (`timed` is False then). budget, host:
+    bytes. only: the one kind of layer that the caller chose. homes: where weights may live.
+    """
+
+    job: Job
+    rates: Card
+    timed: bool
+    card: str | None
+    budget: int | None
+    host: int
+    host_assumed: bool
+    only: Kind | None
+    homes: tuple[Homes, ...]
+
+    @classmethod
+    def of(cls, model_or_config: Source, request: Request) -> Task:
+        """Reads a request."""
+        job = _job(model_or_config, request)
+        rates, name, free = _card(request.card)
+        assumed = request.card is not None and request.host is None
+        if request.host is not None:
+            host = parse_bytes(request.host)
+        elif assumed:
+            host = int(HOST_SHARE * assumed_host_memory(free or 0))
+        else:  # what an earlier plan has pinned is not free, and is used again
+            pinned = 0 if request.homes is None else request.homes.host_bytes
+            host = int(HOST_SHARE * free_host_memory()) + pinned
+        only = None if request.placements is None else _fixed(job, request.placements)
+        if request.homes is not None:
+            homes = [_homes(request.homes)]
+        else:
+            homes = homes_of(job) if only is None else [Homes(streamed=0)]
+        return cls(
+            job=job,
+            rates=rates or REFERENCE,
+            timed=rates is not None,
+            card=name,
+            budget=free if request.vram is None else parse_bytes(request.vram),
+            host=host,
+            host_assumed=assumed,
+            only=only,
+            homes=tuple(homes),
+        )
+
+    def training_as(self, now: Plan) -> Task:
+        """With the bytes of what trains as `now` knew them: a model does not tell its optimizer."""
+        known = now.memory.get(_trained(self.job))
+        return self if known is None else replace(self, job=replace(self.job, trained_bytes=known))
+
+    @property
+    def bounds(self) -> Bounds:
+        """What must hold the plan."""
+        return Bounds(
+            device=inf if self.budget is None else self.budget,
+            host=self.host,
+            stream=not self.job.full,
+        )
+
+    def search(self) -> Found | None:
+        """The fastest plan within bounds."""
+        only = None if self.only is None else [self.only]
+        return fastest(spaces(self.job, self.rates, self.homes, only), self.bounds)
+
+    def least(self) -> tuple[int, Found] | None:
+        """The least memory for the job, and its plan; None where the host cannot hold it."""
+        only = None if self.only is None else [self.only]
+        return least(spaces(self.job, self.rates, self.homes, only), self.bounds)
+
+    def longest(self) -> int:
+        """Tokens of the longest single sequence that fits, at most what the model positions."""
+        only = None if self.only is None else [self.only]
+        low, high = 0, self.job.facts.max_positions
+        while low < high:
+            middle = (low + high + 1) // 2
+            job = replace(self.job, tokens=middle, longest=middle)
+            found = least(lean(job, self.rates, self.homes, only), self.bounds)
+            fits = found is not None and found[0] <= self.bounds.device
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    def plan(self) -> Plan:
+        """The fastest plan within bounds, with its notes.
+
+        Raises:
+            BudgetError: nothing fits.
+
+        """
+        found = self.search()
+        if found is None:
+            raise BudgetError(self._refusal())
+        return self.describe(found, self._notes(found))
+
+    def describe(self, found: Found, notes: tuple[str, ...] = ()) -> Plan:
+        """A plan of the search as the engine reads it."""
+        held, space = found.bytes(), found.space
+        memory = {
+            "weights": held.weights,
+            **({"room for streamed weights": held.slots} if held.slots else {}),
+            _trained(self.job): self.job.trained,
+            "activations kept for backward": held.kept,
+            "working set of a layer or the loss": held.working,
+            "allocator slack": held.slack,
+        }
+        host = {
+            "activations": held.away,
+            "weights": held.host_weights,
+            "embedding": self.job.embedding * space.homes.embedding,
+            "head": self.job.head * space.homes.head,
+        }
+        layers = found.layers()
+        if self.job.nf4_kv:
+            layers = tuple(
+                replace(layer, nf4_kv=layer.placement("qkv") is not Placement.RECOMPUTE)
+                for layer in layers
+            )
+        return Plan(
+            layers=layers,
+            tokens=self.job.tokens,
+            longest=self.job.longest,
+            memory={name: int(size) for name, size in memory.items()},
+            step_ms=step_parts(found) if self.timed else {},
+            budget=self.budget,
+            card=self.card,
+            notes=notes,
+            fixed=self.only is not None,
+            tile=space.tile,
+            embedding_on_host=space.homes.embedding,
+            head_on_host=space.homes.head,
+            host_memory={name: int(size) for name, size in host.items() if size},
+        )
+
+    def _notes(self, found: Found) -> tuple[str, ...]:
+        notes: list[str] = []
+        peak = int(found.space.peak(found.bytes()))
+        faster = found.space.next_faster(found, WORTH) if self.only is None else None
+        if faster is not None and self.budget is not None:
+            short = faster > self.budget
+            needs = amount(faster) if short else f"more host memory than {amount(self.host)}"
+            notes.append(f"to be {WORTH:.0%} faster needs {needs}")
+        leanest = self.least()
+        if leanest is not None and leanest[0] < peak and self.only is None:
+            slower = leanest[1].ms / found.ms - 1
+            notes.append(
+                f"the least memory for this batch is {amount(leanest[0])}, {slower:.0%} slower"
+            )
+        if self.budget is not None:
+            longest = self.longest()
+            whole = ", all that the model positions" * (longest == self.job.facts.max_positions)
+            notes.append(f"the longest single sequence in this budget is {longest:,} tokens{whole}")
+        if found.host and self.host_assumed:
+            notes.append(f"a host that can pin {amount(self.host)} is assumed; host= says another")
+        if self.job.nf4_kv:
+            notes.append("keys and values wait in NF4: lossy, the gradients of q and k change")
+        if self.timed and not self.rates.measured:
+            notes.append(f"times rest on the data sheet of {self.card}, not on a measurement")
+        if self.timed and not self.rates.bf16:
+            notes.append(f"{self.card} has no bf16 in hardware: train in fp16")
+        return tuple(notes)
+
+    def _refusal(self) -> str:
+        """Why nothing fits, the least that would do, and what would fit."""
+        job, budget = self.job, self.bounds.device
+        found = self.least()
+        free = replace(self, host=2**62)
+        roomy = free.least()
+        assert roomy is not None
+        changes: list[str] = []
+        if found is None or (roomy[0] <= budget < found[0]):
+            changes.append(f"let {amount(roomy[1].host)} of host memory be pinned (host=)")
+        elif found[0] > budget:
+            changes.append(f"raise the budget to {amount(found[0])}")
+        chooses = replace(self, only=None, homes=tuple(homes_of(job)))
+        if self.only is not None and chooses.search() is not None:
+            changes.append("let the planner choose (placements=None), which fits")
+        longest = self.longest()
+        if 0 < longest < job.tokens:
+            changes.append(f"train at most {longest:,} tokens a step")
+        if job.bits != 4 and not job.full:
+            changes.append("load the base in 4 bit")
+        if longest == 0 and job.ranks:
+            changes.append("lower the LoRA rank")
+        size = roomy[0] if found is None else found[0]
+        bound = "none" if budget == inf else amount(budget)
+        return (
+            f"{job.tokens:,} tokens a step need at least {amount(size)}"
+            f"{' with these placements' if self.only else ''}; the budget is {bound}, of host memory "
+            f"{amount(self.host)} (weights {amount(job.weights)}). To fit: {', or '.join(changes)}."
+        )
+
+
+def step_parts(found: Found) -> dict[str, float]:
+    """Milliseconds of a step by part; what is hidden behind another part is not counted."""
+    space = found.space
+    times, runs = space.times, found.passes()
+    layers = space.layers
+    parts = {name: layers * (times.forward[name] + times.backward[name]) for name in times.forward}
+    device = float(sum(run.device for run in runs))
+    moved = sum(float(b) for b in (found.bytes().away, found.bytes().host_weights))
+    parts["traffic to and from the host"] = 2 * moved * times.copy
+    parts["recomputation"] = device - sum(parts.values())
+    bound = sum(float(max(run.device, run.launches)) for run in runs)
+    parts["waiting for kernel launches"] = bound - device
+    parts["waiting for the host link"] = float(sum(run.total for run in runs)) - bound
+    parts |= times.outside
+    parts["embedding from the host"] = times.embedding * space.homes.embedding
+    return {name: ms for name, ms in parts.items() if ms > 1e-6}
+
+
+def _job(model_or_config: Source, request: Request) -> Job:
+    tokens, longest = request.tokens, request.longest
+    if tokens < 1 or (longest is not None and not 1 <= longest <= tokens):
+        raise ConfigError(
+            f"tokens={tokens}, longest={longest}: expected 1 <= longest <= tokens, since a "
+            "sequence cannot be longer than the batch that holds it."
+        )
+    if request.optimizer not in OPTIMIZER_BYTES:
+        raise ConfigError(
+            f"optimizer={request.optimizer!r}; the planner knows {', '.join(OPTIMIZER_BYTES)}"
+        )
+    bits, full = request.bits, request.full_finetuning
+    if bits not in (4, 16) or (bits == 4 and full):
+        raise ConfigError(
+            f"bits={bits}, full_finetuning={full}: expected bits 4 or 16, and 16 where all weights "
+            "train."
+        )
+    facts, measured = read(model_or_config, request.family, request.optimizer)
+    job = Job(
+        facts=facts,
+        tokens=tokens,
+        longest=min(longest or tokens, facts.max_positions),
+        bits=bits,
+        width=4 if "float32" in str(request.dtype) else 2,
+        ranks=ranks_of(request.lora, facts),
+        full=full,
+        optimizer=request.optimizer,
+        nf4_kv=request.nf4_kv,
+    )
+    return job if measured is None else measured.refine(job, request.lora is not None)
+
+
+def _trained(job: Job) -> str:
+    return "gradients and optimizer" if job.full else "adapters, gradients, optimizer"
+
+
+def _card(card: str | Card | None) -> tuple[Card | None, str | None, int | None]:
+    """The card's rates where they are known, its name, and the memory that is free or all of it."""
+    if isinstance(card, Card):
+        return card, card.name, card.memory
+    if card is not None:
+        found = find_card(card)
+        return found, found.name, found.memory
+    present = present_card()
+    if present is None:
+        return None, None, None
+    name, free = present
+    try:
+        return find_card(name), name, free
+    except ConfigError:
+        return None, name, free
+
+
+def _homes(plan: Plan) -> Homes:
+    return Homes(
+        embedding=plan.embedding_on_host,
+        head=plan.head_on_host,
+        streamed=sum(layer.streamed for layer in plan.layers),
+    )
+
+
+def _fixed(job: Job, placements: Placements) -> Kind:
+    names = [s.name for s in job.saved]
+    if isinstance(placements, str):
+        if placements == "keep":
+            return chosen(job, {})
+        if placements in ("recompute", "offload"):
+            away = placements == "offload"
+            return recompute_all(job, Placement.OFFLOAD if away else Placement.KEEP)
+        raise ConfigError(
+            f"placements={placements!r}; expected 'keep', 'recompute', 'offload' or a mapping of "
+            f"{', '.join(names)}"
+        )
+    # Also names of other kinds of layer: no harm in naming them.
+    known = {"x", *RECOMPUTE_ALL.placements}
+    for name, placement in placements.items():
+        if name not in known or placement not in set(Placement):
+            raise ConfigError(
+                f"placements[{name!r}]={placement!r}; expected {', '.join(names)} -> "
+                f"{', '.join(Placement)}"
+            )
+    if placements.get("x") == Placement.RECOMPUTE:
+        raise PlanError(
+            "x, the residual stream that enters a layer, cannot be recomputed in every layer; keep or "
+            "offload it, or let the planner choose, which recomputes it where that pays"
+        )
+    return chosen(job, {n: Placement(p) for n, p in placements.items()})
+
+
+def parse_bytes(size: str | int) -> int:
+    """Bytes of "24GiB", "24GB", "24 G" (GiB) or a number of bytes.
+
+    Raises:
+        ConfigError: not a size.
+
+    """
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?B)?\s*", str(size), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise ConfigError(
+            f"{size!r} is not an amount of memory; expected such as '24GiB', '24GB' or a number of "
+            "bytes"
+        )
+    base = 1000 if (match[3] or "").lower() == "b" else 1024
+    return int(float(match[1]) * base ** ("KMGT".index(match[2].upper()) + 1))

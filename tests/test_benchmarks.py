@@ -1,0 +1,118 @@
+"""The benchmarks run to their end without a GPU, so that a run on one is not lost to a slip."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return import_module(name)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A Llama of two layers with a byte-level tokenizer."""
+    from hotloop_testkit.tiny import build, tokenizer
+    from transformers import LlamaConfig
+
+    folder = tmp_path / "tiny"
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    build(config).save_pretrained(folder)
+    tokenizer(300).save_pretrained(folder)
+    return folder
+
+
+def test_the_curve_is_eagers_on_a_cpu_and_can_be_drawn(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    curve = module("smollm2_curve", monkeypatch)
+    monkeypatch.setattr(
+        curve, "topics", lambda: [f"Topic {i} says {i * i}. " * 9 for i in range(40)]
+    )
+    history = tmp_path / "curves.jsonl"
+    arguments = ["--steps", "6", "--batch", "2", "--length", "32", "--history", str(history)]
+    monkeypatch.setattr(sys, "argv", ["curve", "--model", str(tiny), *arguments])
+    curve.main()
+    rows = [json.loads(line) for line in history.read_text().splitlines()]
+    assert [(r["framework"], r["seed"]) for r in rows] == [
+        ("hf", 1), ("hotloop", 1), ("hf", 2), ("hotloop", 2),
+    ]  # fmt: skip
+    for eager, ours in ((rows[0], rows[1]), (rows[2], rows[3])):
+        assert eager["loss"] == pytest.approx(ours["loss"], abs=1e-3)
+        assert eager["held_out"][-1] == pytest.approx(ours["held_out"][-1], abs=1e-3)
+        assert ours["held_out"][-1][1] < ours["held_out"][0][1]
+    found = curve.differences(curve.last_runs(rows))
+    assert found["loss, frameworks"] < found["loss, seeds"]
+    assert found["held-out loss, frameworks"] < 1e-3
+    for name in ("a.svg", "b.svg"):
+        monkeypatch.setattr(
+            sys, "argv", ["curve", "--history", str(history), "--draw", str(tmp_path / name)]
+        )
+        curve.main()
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    assert "loss, frameworks" in capsys.readouterr().out
+
+
+def test_the_page_of_results_is_made_of_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = module("results", monkeypatch)
+    assert results.PAGE.read_text() == results.page(), "run `python benchmarks/results.py --page`"
+
+
+def test_the_page_has_the_newest_row_of_each_thing_and_no_smoke(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = module("results", monkeypatch)
+    row = {
+        "op": "nf4", "mode": "dequantise", "variant": "hotloop", "p50_ms": 1.0, "share_of_copy": 0.5,
+        "shape": {"name": "gate", "N": 8, "K": 4}, "gpu": "A card", "date": "2026-01-01", "commit": "abc",
+    }  # fmt: skip
+    curve = {
+        "run": "1", "framework": "hf", "seed": 1, "model": "m", "text": "t", "steps": 4, "rank": 2,
+        "tokens_per_step": 8, "card": "A card", "loss": [3.0, 2.0], "held_out": [[0, 3.5], [4, 2.5]],
+        "seconds": 2.0, "date": "2026-01-01", "commit": "abc",
+    }  # fmt: skip
+    rows = [row, row | {"p50_ms": 2.0, "share_of_copy": 0.75}, row | {"p50_ms": 9.0, "smoke": True}]
+    (tmp_path / "op_nf4.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "curves.jsonl").write_text(json.dumps(curve) + "\n")
+    page = results.page(tmp_path, tmp_path)
+    assert "| gate, 8 x 4 | 2 ms, 75% |" in page
+    assert "9 ms" not in page
+    assert "| transformers + PEFT, seed 1 | 3.5000 | 2.5000 | 2.5000 | 2 |" in page
+    assert page.count("No rows yet.") == 4
+    assert results.PICTURE not in page.replace(f"docs/{results.PICTURE}", "")
+    (tmp_path / results.PICTURE).write_text("<svg/>")
+    assert f"]({results.PICTURE})" in results.page(tmp_path, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["elementwise", "nf4", "linear_cross_entropy", "attention", "attention_gemma2"]
+)
+def test_an_ops_benchmark_runs_to_its_end_and_leaves_history_alone(name: str) -> None:
+    history = BENCHMARKS / "history"
+    before = {file: file.stat().st_size for file in history.iterdir()}
+    command = [sys.executable, str(BENCHMARKS / "run_ops.py"), "--smoke", name]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    assert {file: file.stat().st_size for file in history.iterdir()} == before
