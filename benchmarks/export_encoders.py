@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import importlib.util
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
@@ -54,7 +55,7 @@ def ggml() -> Any:
 
 def theirs(
     function: Any, x: torch.Tensor, kind: str, importance: torch.Tensor | None, threads: int
-) -> bytes:
+) -> np.ndarray:
     """The same by ggml, rows shared out among threads as llama.cpp's quantiser does."""
     block, rows = BLOCKS[kind], len(x)
     out = np.empty(x.numel() // block.values * block.bytes, np.uint8)
@@ -69,7 +70,7 @@ def theirs(
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(share, range(threads)))
-    return out.tobytes()
+    return out
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
@@ -82,11 +83,14 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 def on_cpu(kind: str, mode: str, x: torch.Tensor, importance: torch.Tensor | None) -> None:
     """Rows of ours and of ggml's, timed in turn."""
     threads, function, wide = torch.get_num_threads(), ggml(), x.float()
-    work = {"hotloop": lambda: ours(x, kind, importance)}
+    work: dict[str, Callable[[], object]] = {
+        "hotloop": lambda: deque(encode(x, BLOCKS[kind], kind, importance), maxlen=0)
+    }
     gate = "no ggml to compare with"
     if function is not None:
         work["ggml"] = lambda: theirs(function, wide, kind, importance, threads)
-        gate = "bytes equal" if work["hotloop"]() == work["ggml"]() else "BYTES DIFFER"
+        same = ours(x, kind, importance) == theirs(function, wide, kind, importance, 1).tobytes()
+        gate = "bytes equal" if same else "BYTES DIFFER"
     times = {name: [timed(call) for _ in range(3)] for name, call in work.items()}
     megabytes = x.numel() * 2 / 1e6
     for name, taken in times.items():

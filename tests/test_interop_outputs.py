@@ -84,6 +84,8 @@ def test_an_adapter_on_its_base_computes_what_the_adapter_model_computes(
     limit = 2e-3 if kind is Gemma2Config else 1e-4
     assert (truth - before).abs().max() > 0.05 * before.abs().max()
     assert (found - truth).abs().max() < limit * truth.abs().max()
+    checked = check_gguf(file.path, model, WORDS, base=base, texts=["abc"], new_tokens=1)
+    assert checked.kl < 1e-4 and checked.other_ids == ()
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,14 @@ def test_several_quantisations_a_modelfile_and_a_card_from_one_command(run: Path
     hotloop(run, "--format", "gguf", "--overwrite")
 
 
+def test_a_size_splits_the_file_and_an_adapter_is_written_alone(run: Path) -> None:
+    hotloop(run, "--format", "gguf", "--quant", "f16", "--max-shard-size", "100KB")
+    folder = run / "export" / "gguf"
+    assert len(list(folder.glob("first-F16-0*-of-0*.gguf"))) > 2
+    hotloop(run, "--format", "gguf", "--quant", "adapter")
+    assert (folder / "first-adapter.gguf").is_file()
+
+
 def test_a_model_by_its_path_is_exported_too(base: Path, tmp_path: Path) -> None:
     hotloop(base, "--format", "safetensors", "--output", tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").is_file()
@@ -124,6 +132,8 @@ def test_a_check_compares_each_file_with_the_model(run: Path, tmp_path: Path) ->
     assert checks[0]["kl"] < 1e-8 < checks[1]["kl"] < 0.1
     with pytest.raises(ConfigError, match="--check loads GGUF"):
         hotloop(run, "--format", "safetensors", "--check")
+    with pytest.raises(ConfigError, match="on the GGUF of its base"):
+        hotloop(run, "--format", "gguf", "--quant", "lora", "--check")
 
 
 def test_importance_is_measured_on_the_runs_data(run: Path) -> None:

@@ -293,8 +293,9 @@ class CrossEntropyRows(Protocol):
         options: HeadLossOptions,
         dloss_T: Tensor | None,
         want_entropy: bool,
+        moments_2T: Tensor | None = None,
     ) -> RowStatistics:
-        """Returns the statistics of each row.
+        """Returns the statistics of each row. moments: contiguous fp32, filled with mean z and log sum p^2.
 
         With `dloss_T` (fp32, any stride), logits become dloss * d loss / d logits, in place, in
         their dtype; otherwise they are left alone.

@@ -63,7 +63,8 @@ def export(request: ExportRequest, facts: ExportFacts) -> ExportReport:
     """Writes NAME-adapter.gguf, in float32.
 
     Raises:
-        UnsupportedError: something in the adapter that the format cannot say, by name. ConfigError: an importance matrix.
+        UnsupportedError: something in the adapter that the format cannot say, by name.
+        ConfigError: an importance matrix.
 
     """
     if request.importance is not None:

@@ -14,7 +14,13 @@ import torch
 from hotloop_core.kernels import HeadNorm
 from torch import Tensor
 
-from hotloop_engine.attention import Sequences, choose, request
+from hotloop_engine.attention import (
+    Sequences,
+    add_centre,
+    choose,
+    remove_centre_,
+    request,
+)
 from hotloop_engine.ops.lora_linear import (
     GradientSink,
     LinearGroup,
@@ -86,6 +92,11 @@ class AttentionBlock:
         self.backend, self.deterministic = backend, deterministic
         self.nf4_kv = nf4_kv
         self.rope = context.op("rope")
+        bias = qkv.views[-1].bias
+        # v's bias passes attention unchanged; without it the gradients of q and k are exact (decision 0018).
+        self.centre = None
+        if bias is not None:
+            self.centre = bias.detach().to(context.dtype).view(shape.kv_heads, shape.head_dim)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that autograd may ask a gradient for."""
@@ -151,6 +162,8 @@ class AttentionBlock:
             _, t = self.qkv.forward(wide, e, seeds=seeds, out=cut(qkv, rows)[:, :n])
             statistics.append(found)
             ts.append(t)
+        if self.centre is not None:
+            remove_centre_(self._split(qkv)[2], self.centre)
         saved["_statistics_x"], saved["_t_qkv"] = join(statistics), join(ts)
         if keep_weights:
             saved["_e_qkv"] = e
@@ -165,6 +178,12 @@ class AttentionBlock:
         q, k, v = self._rotated(saved["qkv"])
         o_THK, lse = self._backend(q, k).forward(q, k, v, self.sequences, **self._options())
         saved["attention"] = (o_THK, lse)
+        return self._output(o_THK)
+
+    def _output(self, o_THK: Tensor) -> Tensor:
+        """What the output projection reads, from attention over values without their bias."""
+        if self.centre is not None:
+            o_THK = add_centre(o_THK, self.centre)
         return o_THK.reshape(o_THK.shape[0], -1)
 
     def _restore(self, x_TD: Tensor, saved: Saved) -> Tensor:
@@ -175,8 +194,7 @@ class AttentionBlock:
             saved["qkv"] = unpack(saved["qkv"], self.qkv.wide(x_TD.shape[0], backward=True))
         if "attention" not in saved:
             return self._attend(saved)
-        o_THK, _ = saved["attention"]
-        return o_THK.reshape(o_THK.shape[0], -1)
+        return self._output(saved["attention"][0])
 
     def _finish(self, o_TN: Tensor, x_TD: Tensor, saved: Saved) -> Tensor:
         tokens = x_TD.shape[0]

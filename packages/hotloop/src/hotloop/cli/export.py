@@ -78,7 +78,10 @@ def export(
     from hotloop_core import discover
     from hotloop_core.errors import ConfigError
 
-    discover().exporter(format_)  # a misspelt format is told before a model is loaded
+    spec = discover().exporter(
+        format_
+    )  # a misspelt format or quant is told before a model is loaded
+    quants = [spec.resolve(name.strip()) for name in quant.split(",")] if quant else None
     run = Path(source) / "recipe.yaml"
     if output is None and not run.is_file():
         raise ConfigError(
@@ -86,6 +89,11 @@ def export(
         )
     if check and format_ != "gguf":
         raise ConfigError("--check loads GGUF files with llama.cpp; leave it out for other formats")
+    if check and spec.adapter_quants.intersection(quants or ()):
+        raise ConfigError(
+            "an adapter is checked on the GGUF of its base: "
+            "hotloop.exporting.check.check_gguf(path, model, tokenizer, base=...)"
+        )
     from hotloop.exporting.source import open_source
 
     target = output or Path(source) / "export" / format_
@@ -99,7 +107,7 @@ def export(
         errors().print(str(losses), highlight=False)
         del both
     opened = open_source(source, base=base)
-    report = _write(opened, target, format_, quant, imatrix, max_shard_size, device, overwrite)
+    report = _write(opened, target, format_, quants, imatrix, max_shard_size, device, overwrite)
     checks = _check(opened, report, check_text) if check else []
     files = [file.path for file in report.files]
     from hotloop.exporting.card import run_facts, write_card
@@ -137,7 +145,7 @@ def _write(
     opened: Opened,
     target: Path,
     format_: str,
-    quant: str | None,
+    quants: list[str] | None,
     imatrix: str | None,
     max_shard_size: str | None,
     device: str | None,
@@ -162,7 +170,7 @@ def _write(
             opened.tokenizer,
             target,
             format=format_,
-            quant=None if quant is None else [name.strip() for name in quant.split(",")],
+            quant=quants,
             importance=importance,
             device=device or ("cuda" if torch.cuda.is_available() else None),
             max_shard_bytes=None if max_shard_size is None else parse_bytes(max_shard_size),

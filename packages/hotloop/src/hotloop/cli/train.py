@@ -41,11 +41,16 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run.")] = False,
+    replan: Annotated[
+        bool,
+        typer.Option("--replan", help="Out of memory: go on by the plan that would fit."),
+    ] = False,
 ) -> None:
     """Train as a recipe says."""
     from hotloop.training.recipe import read_recipe
 
     checked = read_recipe(recipe, overrides=overrides or [])
+    from hotloop.training.memory import train_within_memory
     from hotloop.training.run import Run
 
     with Run(checked, resume=resume, overwrite=overwrite, console=errors()) as run:
@@ -57,7 +62,10 @@ def train(
             show_row(run.tokenizer, run.data.train[0], "first row")
         if dry_run:
             return
-        report = run.train()
+        if replan:
+            report = train_within_memory(checked, run, console=errors())
+        else:
+            report = run.train()
         if not run.main:
             return
     console().print(str(report), markup=False)

@@ -61,7 +61,7 @@ def verify(
         if data is None
         else _rows(data, tokenizer, tokens)
     )
-    device = next(loaded.parameters()).device
+    device = loaded.device
     inputs = {name: v.to(device) if hasattr(v, "to") else v for name, v in batch.items()}
     report = compare(loaded, inputs, slack=slack, bisect=bisect)
     if as_json:

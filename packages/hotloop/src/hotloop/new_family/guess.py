@@ -90,7 +90,7 @@ def _biases(small: Tiny, reading: Reading) -> dict[str, bool | str]:
     result: dict[str, bool | str] = dict(biased(reading.model))
     switches = [k for k, v in reading.config.items() if "bias" in k and isinstance(v, bool)]
     for switch in switches:
-        now = biased(build(small.config(**{switch: not reading.config[switch]})))
+        now = biased(build(small.config({switch: not reading.config[switch]})))
         result |= {
             name: switch for name, value in now.items() if value != biased(reading.model)[name]
         }

@@ -96,7 +96,7 @@ def _tried(
 ) -> str | None:
     """What goes wrong with these changes; None if nothing does, or if it is refused with a reason already."""
     try:
-        config = small.config(**changes)
+        config = small.config(changes)
         found = difference(family, config, training=training)
     except HotloopError:
         return None

@@ -10,6 +10,8 @@ import torch
 from hotloop_core.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedConfig
 
 SIZES: dict[str, Any] = {
@@ -41,9 +43,9 @@ class Tiny:
     config_class: type[PreTrainedConfig]
     arguments: dict[str, Any]
 
-    def config(self, **changes: Any) -> PreTrainedConfig:
+    def config(self, changes: Mapping[str, Any] | None = None) -> PreTrainedConfig:
         """A new config, with some arguments changed."""
-        return self.config_class(**{**self.arguments, **changes})
+        return self.config_class(**{**self.arguments, **(changes or {})})
 
 
 def tiny(model_type: str) -> Tiny:

@@ -34,7 +34,7 @@ OPTIMIZER_BYTES: Mapping[str, float] = {
 }
 """State bytes of one trained element. 8 bit: two codes, an fp32 scale of each per 256 elements."""
 
-LOSS_TILE = 512 * 2**20
+LOSS_TILE = 576 * 2**20
 """The most bytes of logits that the loss holds at once, in the dtype of the activations."""
 
 PITCH = 64

@@ -44,7 +44,7 @@ def answer(
         on_text: called with each piece of the answer as soon as it is there.
 
     """
-    device = next(model.parameters()).device
+    device = model.device
     inputs: Any = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

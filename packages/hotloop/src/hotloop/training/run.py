@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from hotloop_core.errors import ConfigError, DeviceMemoryError, ExportError
+from hotloop_core.errors import ConfigError, ExportError
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
@@ -20,7 +20,8 @@ from .batches import PackedDataset, collate, collate_weighted
 from .data import prepare, read
 from .directory import RunDirectory
 from .gradients import GradientWatch
-from .models import build, lora_rank, plan_batch
+from .memory import out_of_memory
+from .models import build, plan_batch
 from .render import Row
 from .report import RunReport, plot_loss
 from .trainer import PackedTrainer
@@ -75,6 +76,7 @@ class Run:
         resume: bool = False,
         overwrite: bool = False,
         console: Console | None = None,
+        budget: int | None = None,
     ) -> None:
         if recipe.schedule.optimizer.startswith("paged") and not torch.cuda.is_available():
             raise ConfigError(
@@ -90,18 +92,28 @@ class Run:
         self.model: PreTrainedModel
         self.tokenizer: PreTrainedTokenizerBase
         records = read(recipe.data)  # before the model, so that bad rows are told in a second
-        self.model, self.tokenizer = build(recipe)
+        planned = recipe
+        if (
+            budget is not None
+        ):  # after running out of memory; the run is the recipe's own for all that
+            planned = recipe.model_copy(
+                update={"model": recipe.model.model_copy(update={"vram": budget})}
+            )
+        self.model, self.tokenizer = build(planned)
         self.data = prepare(recipe, records, self.tokenizer)
         self.bins = self._packed(self.data.train, even=True)
         self.held_out_bins = self._packed(self.data.held_out, even=False)
-        self.plan = plan_batch(self.model, recipe, longest=self.data.report.longest)
+        self.plan = plan_batch(self.model, planned, longest=self.data.report.longest)
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Lets go of the model, so that a program can start another run."""
-        del self.model
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the model; the run trains no more."""
+        self.__dict__.pop("model", None)
 
     def _packed(self, rows: list[Row], *, even: bool) -> PackedDataset:
         ranks = self.processes.num_processes
@@ -121,7 +133,7 @@ class Run:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next(self.model.parameters()).device
+        return self.model.device
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -336,7 +348,7 @@ class Run:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            raise DeviceMemoryError(self._out_of_memory(error)) from error
+            raise out_of_memory(self, error) from error
         except Exception as error:
             if _disk_full(error):
                 raise ExportError(
@@ -344,33 +356,6 @@ class Run:
                     "from the newest whole checkpoint."
                 ) from error
             raise
-
-    def _out_of_memory(self, error: Exception) -> str:
-        recipe = self.recipe
-        tokens = recipe.schedule.batch_size * recipe.model.max_seq_len
-        peak = ""
-        if self.device.type == "cuda":
-            peak = f", the peak was {torch.cuda.max_memory_allocated(self.device) / 2**30:.2f} GiB"
-        advice = [
-            (
-                recipe.schedule.batch_size > 1,
-                "schedule.batch_size = 1 with more gradient_accumulation",
-            ),
-            (recipe.model.bits == 16 and recipe.lora is not None, "model.bits = 4"),
-            (True, f"model.max_seq_len below {recipe.model.max_seq_len}"),
-            ((rank := lora_rank(recipe)) > 16, f"lora.r below {rank}"),
-            (recipe.schedule.optimizer == "adamw_torch", 'schedule.optimizer = "paged_adamw_8bit"'),
-        ]
-        options = "; ".join(text for applies, text in advice if applies)
-        expected = (
-            ""
-            if self.plan is None
-            else f" The plan expected {self.plan.peak_bytes / 2**30:.2f} GiB{peak}."
-        )
-        return (
-            f"out of device memory in a step of {tokens:,} tokens.{expected} What shrinks it, most first: {options}. "
-            f"A smaller model.vram makes the plan itself save more. ({error})"
-        )
 
 
 def _disk_full(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hotloop.exporting.merging import dequantised
+from hotloop.homes import device_weight
 
 from . import exact_attention
 
@@ -168,11 +169,14 @@ def _exact_copy(
         if quantised(child):
             memo[id(child)] = _dense(child, dtype)
             continue
-        for parameter in child._parameters.values():
+        for key, parameter in child._parameters.items():
             if parameter is None or id(parameter) in memo:
                 continue
             name = names.get(id(parameter))
-            exact = nn.Parameter(parameter.detach().to(dtype, copy=True), name is not None)
+            value = (
+                device_weight(child) if key == "weight" else parameter
+            )  # its home may be the host
+            exact = nn.Parameter(value.detach().to(dtype, copy=True), name is not None)
             memo[id(parameter)] = exact
             if name is not None:
                 trained[name] = exact

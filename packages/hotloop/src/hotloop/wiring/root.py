@@ -59,6 +59,7 @@ class FusedRequest:
     temperature: float
     entropy: bool
     result: type
+    moments: bool = False
 
 
 def call(root: nn.Module, own_call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -95,12 +96,14 @@ def _fused_request(root: Any) -> FusedRequest | None:
         return FusedRequest(
             temperature=float(known["temperature"]),
             entropy="entropy" in asked,
+            moments=bool(asked & _MOMENTS),
             result=cells.globals["FusedCausalLMOutput"],
         )
     return None
 
 
-_FUSED_OUTPUTS = {"log_probs", "entropy", "is_top1"}
+_MOMENTS = {"mean_logits", "log_sum_sq_probs"}
+_FUSED_OUTPUTS = {"log_probs", "entropy", "is_top1", *_MOMENTS}
 
 
 @role("root", call=call)
@@ -274,15 +277,24 @@ def _fused(root: Any, state: RootState, request: FusedRequest, kwargs: dict[str,
         bias=head.bias,
         options=state.options(temperature=request.temperature),
         entropy=request.entropy,
+        entropy_gradient=request.entropy,
+        moments=request.moments,
         impl=state.shared.ops.get("linear_cross_entropy"),
     )
     mask = labels != -100
     items = kwargs.get("num_items_in_batch")
     total = -tokens.log_prob.sum()
+    moments = {}
+    if request.moments:
+        moments = {
+            "mean_logits": tokens.mean_logit,
+            "log_sum_sq_probs": tokens.log_sum_sq_prob,
+        }
     return request.result(
         loss=total / (mask.sum().clamp(min=1) if items is None else items),
         log_probs=tokens.log_prob,
         entropy=tokens.entropy,
         is_top1=tokens.is_top1,
         label_mask=mask,
+        **moments,
     )

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from importlib.util import find_spec
 from math import isfinite
 from typing import TYPE_CHECKING
 
-from hotloop_core.errors import ExportError
+from hotloop_core.errors import ExportError, UnsupportedError
 from hotloop_core.exporter import round_tensor
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
     Encoder = Callable[[Tensor, Tensor | None, Searches], Tensor]
 
-_VALUES = {"cpu": 1 << 18, "cuda": 1 << 23}
+_VALUES = {"cpu": 1 << 19, "cuda": 1 << 24}
 """Values encoded at once, on a CPU by each thread. Each takes about 20 bytes on the way."""
+_SHARE = 1 << 16
+"""Fewer values than these are not shared out among threads."""
 _FLOAT16_MAX = 65504.0
 _ENCODERS = {
     "Q4_0": "legacy",
@@ -59,6 +62,7 @@ def encode(
 
     Raises:
         ExportError: a value is not finite or does not fit the type, or importance has another shape.
+        UnsupportedError: the tensor is on a GPU and Triton is not installed.
 
     """
     if tensor.dim() > 2:
@@ -69,21 +73,24 @@ def encode(
     rows = tensor.reshape(-1, tensor.shape[-1])
     if importance is not None:
         importance = _checked(importance, rows, name)
-    step = max(1, _VALUES.get(tensor.device.type, _VALUES["cpu"]) // rows.shape[1])
-    blocks = [rows[start : start + step] for start in range(0, len(rows), step)]
-    yield from _in_order(lambda part: _bytes(_encoded(part, block, name, importance)), blocks)
+    yield from _in_order(lambda part: _bytes(_encoded(part, block, name, importance)), rows)
 
 
-def _in_order(work: Callable[[Tensor], memoryview], blocks: list[Tensor]) -> Iterator[memoryview]:
-    """What `work` gives for each block, in their order, on a CPU by as many threads as torch uses.
+def _in_order(work: Callable[[Tensor], memoryview], rows: Tensor) -> Iterator[memoryview]:
+    """What `work` gives for blocks of the rows, in their order, on a CPU by as many threads as torch uses.
 
     torch itself has one thread meanwhile: its threads would wait for one another after each of the many
     small steps, which costs more than it gains. Few results are kept waiting, for the memory's sake.
     """
     import torch
 
+    if rows.device.type == "cuda":
+        yield from map(work, rows.split(max(1, _VALUES["cuda"] // rows.shape[1])))
+        return
     threads = torch.get_num_threads()
-    if blocks[0].device.type != "cpu" or min(threads, len(blocks)) < 2:
+    values = min(_VALUES["cpu"], max(_SHARE, -(-rows.numel() // threads)))
+    blocks = rows.split(max(1, values // rows.shape[1]))
+    if min(threads, len(blocks)) < 2:
         yield from map(work, blocks)
         return
     waiting: deque[Future[memoryview]] = deque()
@@ -102,7 +109,8 @@ def _in_order(work: Callable[[Tensor], memoryview], blocks: list[Tensor]) -> Ite
 
 
 def _checked(importance: Tensor, rows: Tensor, name: str) -> Tensor:
-    if importance.shape != rows.shape[1:] or not bool((importance >= 0).all().item()):
+    sound = bool(((importance >= 0) & importance.isfinite()).all().item())
+    if importance.shape != rows.shape[1:] or not sound:
         raise ExportError(
             f"{name}: importance has shape {tuple(importance.shape)} and its least value is "
             f"{float(importance.min()):.3g}; expected ({rows.shape[1]},), one number >= 0 for each "
@@ -137,7 +145,14 @@ def _encoded(rows: Tensor, block: Block, name: str, importance: Tensor | None) -
 def _searches(device: str) -> Searches:
     from . import cpu, gpu
 
-    return gpu.SEARCHES if device == "cuda" else cpu.SEARCHES
+    if device != "cuda":
+        return cpu.SEARCHES
+    if find_spec("triton") is None:
+        raise UnsupportedError(
+            "a tensor to quantise is on the GPU, and Triton, which does it there, is not installed. "
+            "Install triton, or move the model to the CPU: the bytes are the same."
+        )
+    return gpu.SEARCHES
 
 
 def _bytes(tensor: Tensor) -> memoryview:

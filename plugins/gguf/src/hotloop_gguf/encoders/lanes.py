@@ -1,19 +1,22 @@
-"""`Searches` on a CPU, compiled by numba: 64 groups side by side.
+"""The searches of `Searches` on a CPU, compiled by numba: 64 groups side by side.
 
 Values are first laid so that those with the same place in 64 groups are neighbours in memory: the
 innermost loop runs over the groups, so that it becomes vector instructions although no sum may be
-reordered. Compiled code is kept on disk beside this file, or in numba's cache where that is read-only.
+reordered.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
 import numpy as np
 
 from .searches import TINY
 from .tables import IQ4, MIDDLES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LANES = 64
 """Groups side by side: four vectors of 512 bits, enough to hide the latency of their sums."""
@@ -26,8 +29,16 @@ _MIDDLES = np.array(MIDDLES, np.float32)
 _GAPS = np.diff(np.array(IQ4, np.float32))
 _FIRST = np.float32(IQ4[0])
 
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 _inlined = numba.njit(inline="always", error_model="numpy")
+
+
+def compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiled at its first call, and kept on disk if numba finds a folder that it may write to."""
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(function, cache=True, **options)
+    except RuntimeError:
+        return numba.njit(function, **options)
 
 
 @_inlined
