@@ -1,11 +1,13 @@
 """GGUF encoders: MB/s of 16-bit input on the CPU, beside ggml's own encoder, and on a GPU where there is one.
 
-    python benchmarks/export_encoders.py [--threads 2] [--rows 2048] [KIND ...] >> history/export_encoders.jsonl
+    python benchmarks/export_encoders.py [--threads 2] [--rows 1024] [--only gpu] [KIND ...]
+
+Rows are printed, to be appended to history/export_encoders.jsonl.
 
 Correct first: the bytes must be ggml's (or, without llama-cpp-python, those of the CPU) before a time counts. On
 the CPU ours and ggml's run in turn on the same threads; `cpu_mb_s` is per second of processor time, which holds on
 a machine that others use too. ggml reads float32, ours bfloat16. On a GPU the bytes stay there ("device") or come
-to the host ("host").
+to the host ("host"); where there is none, `--only gpu` with few rows shows in Triton's interpreter that it runs.
 """
 
 from __future__ import annotations
@@ -142,6 +144,9 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"default: {' '.join(KINDS)}")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, default=1024, help=f"of {COLUMNS} columns")
+    parser.add_argument(
+        "--only", choices=("cpu", "gpu"), help="default: both, where there is a GPU"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -149,8 +154,9 @@ def main() -> None:
     importance = torch.rand(COLUMNS) ** 2 + 1e-4
     for kind in options.kinds or KINDS:
         for mode, weights in (("", None), (" weighted", importance)):
-            on_cpu(kind, mode, x, weights)
-            if DEVICE.type == "cuda":
+            if options.only != "gpu":
+                on_cpu(kind, mode, x, weights)
+            if options.only == "gpu" or (options.only is None and DEVICE.type == "cuda"):
                 on_gpu(kind, mode, x, weights)
 
 

@@ -283,6 +283,16 @@ def test_a_value_that_is_not_finite_is_refused_by_name(value: float, tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_value_that_is_not_finite_is_refused_while_blocks_are_under_way(tmp_path: Path) -> None:
+    from hotloop_testkit.tiny import tokenizer
+
+    model = tiny(vocab_size=320)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = float("nan")
+    with pytest.raises(ExportError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has 1 of"):
+        export(model, tokenizer(320), tmp_path, format="gguf", quant=["f16", "q8_0"])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_existing_output_is_refused(tmp_path: Path) -> None:
     exported(tiny(), tmp_path)
     with pytest.raises(OutputExistsError, match=r"config\.json"):

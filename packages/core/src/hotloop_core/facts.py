@@ -104,8 +104,8 @@ def facts_of(family: FamilySpec, config: Config) -> ModelFacts:
 
     Raises:
         ConfigError: a size is missing, not a positive integer, or sizes contradict each other.
-        UnsupportedError: the activation, or a layer's kind of attention, is none that the engine has, or the config sets
-            a key that the family refuses.
+        UnsupportedError: the activation, or a layer's kind of attention, is none that the engine has, or the config
+            sets a key that the family refuses.
 
     """
     keys = family.keys

@@ -125,8 +125,8 @@ class ConfigKeys:
 
     query_scale: attention scale is value ** -0.5 (Gemma's query_pre_attn_scalar); else head_dim ** -0.5.
     attention_scale: the attention scale itself (Granite's attention_multiplier).
-    refused: key -> why, for switches and dropouts that make a layer do what the description does not say. A config where
-    one of them is true (or not zero) is refused with that reason.
+    refused: key -> why, for switches and dropouts that make a layer do what the description does not say. A config
+    where one of them is true (or not zero) is refused with that reason.
     window: the sliding window, in tokens. use_window: a switch that must be true for it to count (Qwen 2).
     layer_types: the list that says which layers have the window. Where a config has no such list, all have it but
     every n-th, n being `window_pattern` (a number, or the key that holds it; Gemma), and but those before the layer

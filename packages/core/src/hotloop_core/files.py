@@ -16,7 +16,7 @@ from .errors import ExportError, OutputExistsError, SecurityError
 from .exporter import ExportedFile
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable
     from pathlib import Path
 
 _PARTIAL = ".partial"
@@ -190,10 +190,11 @@ class _End:
     error: BaseException | None
 
 
-def ahead(items: Iterable[T], depth: int = 1) -> Iterator[T]:
+def ahead(items: Iterable[T], depth: int = 1) -> Generator[T]:
     """`items`, each made by another thread while the one before it is used; an error comes in its place.
 
     depth: how many wait, finished; so with the one in use and the one in the making, `depth` + 2 exist at most.
+    Close it (`contextlib.closing`) where the loop may end early: its thread then ends too.
     """
     waiting: Queue[T | _End] = Queue(depth)
     abandoned = Event()

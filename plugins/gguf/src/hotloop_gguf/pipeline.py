@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
@@ -93,8 +93,11 @@ def write_outputs(
     with ExitStack() as opened:
         routes = [_open(opened, outputs, output) for output in planned]
         done = 0
-        with Behind[partial[None]](lambda write: write(), depth=1) as later:
-            for tensor, start, block in ahead(_blocks(tensors)):
+        with (
+            Behind[partial[None]](lambda write: write(), depth=1) as later,
+            closing(ahead(_blocks(tensors))) as blocks,
+        ):
+            for tensor, start, block in blocks:
                 for route, kind in zip(routes, tensor.blocks, strict=True):
                     for data in _encoded(encoder, tensor, kind, start, block):
                         later.put(partial(route[tensor.name].write, tensor.name, data))
