@@ -47,6 +47,7 @@ class Attention:
     qkv_bias, o_bias: True, False, or the config key that says it.
     q_norm, k_norm: norms over each head before the rotation (Qwen3, Gemma 3).
     interleaved: pairs of the rotation are even/odd dimensions instead of the two halves.
+    rotary: False for a layer whose heads are not rotated (SmolLM3 has one in four; arXiv:2501.18795).
     """
 
     q: str
@@ -59,6 +60,7 @@ class Attention:
     q_norm: str | None = None
     k_norm: str | None = None
     interleaved: bool = False
+    rotary: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +114,16 @@ class CustomBlock:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """What one decoder layer is."""
+    """What one decoder layer is.
+
+    ops: op name -> the implementation that this layer wants, where it is not the device's usual one: the family's own,
+    under a Protocol of `kernels`. What a caller of `wire` names goes before it.
+    """
 
     norms: Norms
     attention: Attention | LatentAttention | CustomBlock
     mlp: Glu | MixtureOfExperts | CustomBlock
+    ops: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,8 +149,12 @@ KNOWN_DISTRIBUTIONS: Mapping[str, str] = {
     "gemma": "hotloop-gemma",
     "gemma2": "hotloop-gemma",
     "gemma3_text": "hotloop-gemma",
+    "granite": "hotloop-granite",
     "qwen2": "hotloop-qwen",
     "qwen3": "hotloop-qwen",
+    "smollm3": "hotloop-smollm",
+    "stablelm": "hotloop-stablelm",
+    "exaone4": "hotloop-exaone",
 }
 """model_type -> the distribution of this project that handles it, for the error that says what to install."""
 

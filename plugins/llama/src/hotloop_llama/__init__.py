@@ -39,7 +39,7 @@ LLAMA = FamilySpec(
             metadata={"rope.dimension_count": "head_dim", "vocab_size": "vocab_size"},
         )
     },
-    examples=("Llama 2, 3, 3.1, 3.2", "SmolLM2", "Yi", "TinyLlama"),
+    examples=("Llama 2, 3, 3.1, 3.2", "SmolLM2", "Falcon 3", "Yi", "TinyLlama"),
 )
 
 

@@ -13,6 +13,7 @@ from .chat import chat
 from .data import data
 from .doctor import doctor
 from .export import export
+from .new_family import new_family
 from .plan import plan
 from .plugins import plugins
 from .quickstart import quickstart
@@ -48,7 +49,7 @@ def hotloop(
     """Fine-tune Hugging Face models faster and in less memory."""
 
 
-for _command in (quickstart, train, data, chat, plan, verify, export, plugins, doctor, schema):
+for _command in (quickstart, train, data, chat, plan, verify, export, plugins, new_family, doctor, schema):
     app.command(epilog=_command.__dict__.get("epilog"))(_command)
 
 

@@ -8,7 +8,7 @@ import tempfile
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from hotloop_core.errors import ConfigError, UnsupportedError
+from hotloop_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,21 +42,21 @@ def save_pretrained_merged(
     tokenizer: PreTrainedTokenizerBase | None = None,
     save_method: str = "merged_16bit",
 ) -> ExportReport:
-    """Writes safetensors: "merged_16bit", the whole model with its adapter merged in; "lora", the
-    adapter alone.
+    """Writes safetensors: "merged_16bit" or "merged_4bit", the whole model with its adapter merged
+    in; "lora", the adapter alone.
 
     Raises:
-        UnsupportedError: "merged_4bit". ConfigError: another method. Else as `hotloop.export`.
+        ConfigError: another method. Else as `hotloop.export`.
 
     """
     from hotloop.exporting import export
 
-    quants = {"merged_16bit": "16bit", "lora": "adapter"}
-    if save_method in ("merged_4bit", "merged_4bit_forced"):
-        raise UnsupportedError(
-            f"save_method={save_method!r}: merged 4-bit checkpoints are not written yet; use "
-            "'merged_16bit', and load that in 4 bit"
-        )
+    quants = {
+        "merged_16bit": "16bit",
+        "merged_4bit": "4bit",
+        "merged_4bit_forced": "4bit",
+        "lora": "adapter",
+    }
     if save_method not in quants:
         raise ConfigError(f"save_method={save_method!r}; expected {', '.join(quants)}")
     return export(model, tokenizer, save_directory, format="safetensors", quant=quants[save_method])

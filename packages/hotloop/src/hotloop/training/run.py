@@ -15,6 +15,8 @@ from hotloop_core.errors import ConfigError, ExportError
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 
+from hotloop.exporting.checkpoint import record_base
+
 from . import callbacks
 from .batches import PackedDataset, collate, collate_weighted
 from .data import prepare, read
@@ -286,6 +288,8 @@ class Run:
         def write(folder: Path) -> None:
             self.model.save_pretrained(str(folder))
             self.tokenizer.save_pretrained(str(folder))
+            if self.recipe.lora is not None:
+                record_base(folder, self.recipe.model.name, revision=self.recipe.model.revision)
 
         self.directory.save_folder(target, write)
 

@@ -228,7 +228,7 @@ def build_blocks(
     context = BlockContext(
         dtype=dtype,
         device=hidden.device,
-        ops=shared.ops,
+        ops={**spec.ops, **shared.ops},
         residual_scale=facts.residual_scale,
         tile=shared.plan.tile,
     )
@@ -248,6 +248,8 @@ def build_blocks(
     cos, sin = (t.reshape(-1, t.shape[-1]) for t in kwargs["position_embeddings"])
     attention, mlp = spec.attention, spec.mlp
     assert isinstance(attention, Attention) and isinstance(mlp, Glu)
+    if not attention.rotary:  # two dimensions turned by nothing: every bit stays
+        cos, sin = cos.new_ones(1, 2), sin.new_zeros(1, 2)
     return (
         AttentionBlock(
             context,

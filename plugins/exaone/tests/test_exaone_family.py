@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from hotloop_exaone import EXAONE4
+from hotloop_testkit.family import FamilyConformance
+from transformers import Exaone4Config
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+class TestExaone4(FamilyConformance):
+    """1.2B: no window, every layer rotated, a tied head."""
+
+    spec = EXAONE4
+
+    def tiny_config(self):
+        sizes = {**SIZES, "num_hidden_layers": 2}
+        kinds = {"sliding_window": None, "layer_types": ["full_attention"] * 2}
+        return Exaone4Config(**sizes, **kinds, tie_word_embeddings=True)
+
+
+class TestExaone4WithAWindow(FamilyConformance):
+    """32B: three windowed layers, and one that sees everything without a rotation."""
+
+    spec = EXAONE4
+
+    def tiny_config(self):
+        return Exaone4Config(**SIZES, num_hidden_layers=4, sliding_window=9)

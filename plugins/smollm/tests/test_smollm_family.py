@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from hotloop_core import discover
+from hotloop_smollm import SMOLLM3
+from hotloop_testkit.family import FamilyConformance
+from transformers import SmolLM3Config
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 320,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.05,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+class TestSmolLm3(FamilyConformance):
+    """Three rotated layers and one that is not; a tied head."""
+
+    spec = SMOLLM3
+
+    def tiny_config(self):
+        return SmolLM3Config(**SIZES, num_hidden_layers=4)
+
+
+class TestSmolLm3WithAWindow(FamilyConformance):
+    """A list of its own; the unrotated layer has the window."""
+
+    spec = SMOLLM3
+
+    def tiny_config(self):
+        window = {"use_sliding_window": True, "sliding_window": 9}
+        return SmolLM3Config(**SIZES, **window, num_hidden_layers=2, no_rope_layers=[0, 1])
+
+
+def test_a_config_without_the_list_leaves_out_every_fourth_rotation():
+    family = discover().match({"model_type": "smollm3"})
+    config = {"no_rope_layer_interval": 4}
+    kinds = [family.layer_spec(config, index).attention.rotary for index in range(8)]
+    assert kinds == [True, True, True, False] * 2
