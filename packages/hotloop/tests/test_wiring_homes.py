@@ -8,6 +8,7 @@ import pytest
 import torch
 from hotloop.homes import homes_of, settle
 from hotloop.wiring import receipt_of, wire
+from hotloop_core.errors import BudgetError
 from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, LayerPlan, Placement, Plan
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -104,3 +105,49 @@ def test_wiring_before_settling_is_refused():
     wire(model)
     with pytest.raises(Exception, match="settle its weights before"):
         settle(model, plan_of(PLANS["keep"], range(LAYERS)))
+
+
+@pytest.mark.parametrize("from_the_start", [(), {1}], ids=["resident", "one streamed"])
+def test_a_batch_that_does_not_fit_moves_further_weights_to_the_host(from_the_start):
+    from hotloop.planner import plan, plan_larger
+
+    model = tiny()
+    wide = {"lora": 4, "dtype": "float32", "bits": 16, "host": "8GiB"}
+    small = plan(model, tokens=34, longest=17, vram="1GiB", **wide)
+    small = replace(
+        small,
+        layers=tuple(replace(m, streamed=i in from_the_start) for i, m in enumerate(small.layers)),
+    )
+    resident = with_lora(tiny())
+    wire(resident)
+    settle(model, small)
+    wire(model, small)
+    model = with_lora(model)
+    ids = torch.randint(0, 101, (8, 64), generator=torch.Generator().manual_seed(3))
+
+    def run(one):
+        one.zero_grad(set_to_none=True)
+        loss = one(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return {n: p.grad.clone() for n, p in one.named_parameters() if p.grad is not None}
+
+    expected = run(resident)
+
+    def fits(budget):
+        try:
+            return plan_larger(model, replace(small, budget=budget), tokens=512, longest=64)
+        except BudgetError:
+            return None
+
+    low, high = 2**20, 2**30
+    while high - low > 1000:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    # A little less than any plan needs with the weights where they are.
+    shared = receipt_of(model).shared
+    shared.plan = replace(small, budget=high - 90_000)
+    found = run(model.train())
+    homes = homes_of(model)
+    assert set(homes.layers) > set(from_the_start) and shared.homes is homes
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)

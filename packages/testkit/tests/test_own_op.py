@@ -18,7 +18,9 @@ from transformers import LlamaConfig
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """The calls of an op that a stranger's module `stranger_glu` holds."""
-    monkeypatch.setattr(_select, "_registered", {k: dict(v) for k, v in _select._registered.items()})
+    monkeypatch.setattr(
+        _select, "_registered", {k: dict(v) for k, v in _select._registered.items()}
+    )
     monkeypatch.setattr(wiring, "_registered_ops", set(wiring._registered_ops))
     reference = _select._registered["glu"]["reference"].load()
     made: list[str] = []

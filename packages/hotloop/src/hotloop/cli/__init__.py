@@ -49,7 +49,19 @@ def hotloop(
     """Fine-tune Hugging Face models faster and in less memory."""
 
 
-for _command in (quickstart, train, data, chat, plan, verify, export, plugins, new_family, doctor, schema):
+for _command in (
+    quickstart,
+    train,
+    data,
+    chat,
+    plan,
+    verify,
+    export,
+    plugins,
+    new_family,
+    doctor,
+    schema,
+):
     app.command(epilog=_command.__dict__.get("epilog"))(_command)
 
 

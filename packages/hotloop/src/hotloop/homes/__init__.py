@@ -7,7 +7,8 @@ the device, for as long as it is there.
 
 from __future__ import annotations
 
-from .homes import Homes, homes_of, settle
+from .homes import Homes
+from .settling import homes_of, move_more, settle
 from .weights import device_weight
 
-__all__ = ["Homes", "device_weight", "homes_of", "settle"]
+__all__ = ["Homes", "device_weight", "homes_of", "move_more", "settle"]

@@ -1,4 +1,4 @@
-"""`settle`: carries out what a plan says of weights; `Homes`: the way to them, and back."""
+"""`Homes`: where the frozen weights of a model wait, the way to the device, and the way back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from hotloop_core import Attention, FamilySpec, Glu, Plan, Registry, discover
+from hotloop_core import Attention, FamilySpec, Glu, Plan
 from hotloop_core.errors import PlanError, UnsupportedError, UnwireError
 from hotloop_core.plan import amount
 from hotloop_engine.stores import HostBuffer, StreamedWeights
@@ -119,28 +119,58 @@ class Homes:
         for (path, leaf), (first, count) in zip(found, spans, strict=True):
             _put(leaf, host[first : first + count])
             home = StreamedHome(self, layer, path, first, count)
-            self._house(path, leaf, Streamed, home)
+            if HOME in leaf.__dict__:
+                leaf.__dict__[HOME] = home  # it streamed before, from another store
+            else:
+                self._house(path, leaf, Streamed, home)
 
-    def house_ends(self) -> None:
+    def house_ends(self, *, embedding: bool | None = None, head: bool | None = None) -> None:
         """Moves the embedding and the head to the host, where the plan says so; tied, they share one copy.
+
+        embedding, head: only these; None for what the plan says.
 
         Raises:
             PlanError: a weight trains, or one of two tied weights is to stay. UnsupportedError: a head that is no plain
                 linear. BudgetError: the host cannot lock memory for it.
         """
-        embedding, head, tied = self._ends()
-        if self.plan.embedding_on_host:
-            self._to_host(self._spec.embedding, embedding)
+        rows, matrix, tied = self._ends()
+        if self.plan.embedding_on_host if embedding is None else embedding:
+            self._to_host(self._spec.embedding, rows)
             home = EmbeddingHome(self._spec.embedding, self.device)
-            self._house(self._spec.embedding, embedding, HostEmbedding, home)
-        if self.plan.head_on_host:
+            self._house(self._spec.embedding, rows, HostEmbedding, home)
+        if self.plan.head_on_host if head is None else head:
             if tied:
-                head._parameters["weight"] = embedding._parameters["weight"]
+                matrix._parameters["weight"] = rows._parameters["weight"]
             else:
-                self._to_host(self._spec.head, head)
-            weight = head._parameters["weight"]
+                self._to_host(self._spec.head, matrix)
+            weight = matrix._parameters["weight"]
             self._head = head_home(self._spec.head, weight, self.device)
-            self._house(self._spec.head, head, HostHead, self._head)
+            self._house(self._spec.head, matrix, HostHead, self._head)
+
+    def extend(self, plan: Plan) -> None:
+        """Moves further weights to the host, as `plan` asks; those that are there stay. Before or after `wire`.
+
+        Raises:
+            PlanError: the plan would bring weights back to the device. Else as `house_layer` and `house_ends`.
+        """
+        layers = tuple(i for i, layer in enumerate(plan.layers) if layer.streamed)
+        ends = (plan.embedding_on_host, plan.head_on_host)
+        had = (self.plan.embedding_on_host, self.plan.head_on_host)
+        if not set(self.layers) <= set(layers) or any(
+            a and not b for a, b in zip(had, ends, strict=True)
+        ):
+            raise PlanError(
+                "the plan brings weights back to the device; undo the homes and settle the model by it instead"
+            )
+        before, had_layers = self._store, self.layers
+        self.layers, self.plan = layers, plan
+        if layers != had_layers:
+            self._store, self._index = StreamedWeights(self.device), {}
+            for layer in layers:
+                self.house_layer(layer)
+            if before is not None:
+                before.close()
+        self.house_ends(embedding=ends[0] and not had[0], head=ends[1] and not had[1])
 
     def check(self) -> None:
         """Raises what `house_layer` and `house_ends` would refuse, before anything moves."""
@@ -252,75 +282,6 @@ class Homes:
     def _to_device(self, weight: Tensor) -> Any:
         tensors = [t.to(self.device, copy=True) for t in parts(weight)]
         return over(weight, tensors, lambda table: table.to(self.device))
-
-
-def settle(
-    model: nn.Module,
-    plan: Plan,
-    *,
-    device: torch.device | None = None,
-    family: str | None = None,
-    registry: Registry | None = None,
-) -> Homes:
-    """Moves the weights of a loaded model to the homes that a plan gives them; adapters may be there or come later.
-
-    Before `wire`. What the plan does not put on the host is left where it is.
-
-    Args:
-        model: a ...ForCausalLM, or a PEFT model over one.
-        plan: `embedding_on_host`, `head_on_host` and each layer's `streamed` are read.
-        device: where the model computes; None: where its last norm is.
-        family: which family describes the model, where several plugins claim it.
-        registry: what is installed; None looks.
-
-    Raises:
-        PlanError: the model is settled or wired, a weight that is to move trains, or the plan is for another model.
-        UnsupportedError: a module that cannot live on the host, by its path.
-        BudgetError: the host cannot lock that much memory.
-    """
-    root: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    spec = (discover() if registry is None else registry).match(
-        root.config.to_dict(), family=family
-    )
-    homes = prepare(root, plan, spec, device or _device(root, spec))
-    try:
-        homes.check()
-        for layer in homes.layers:
-            homes.house_layer(layer)
-        homes.house_ends()
-    except BaseException:
-        homes.undo()
-        raise
-    return homes
-
-
-def prepare(root: Any, plan: Plan, spec: FamilySpec, device: torch.device) -> Homes:
-    """The homes of a model none of whose weights has moved yet; they may still be to be read."""
-    if HOME in root.__dict__:
-        raise PlanError(
-            "this model's weights have their homes; undo them first: homes_of(model).undo()"
-        )
-    if "_hotloop" in root.__dict__:
-        raise PlanError(
-            "this model is wired; settle its weights before that, or undo the wiring: receipt_of(model).undo()"
-        )
-    count = len(root.get_submodule(spec.layers))
-    if len(plan.layers) != count:
-        raise PlanError(
-            f"the plan is for {len(plan.layers)} layers, the model has {count}; make one for this model: "
-            "hotloop.plan(model, tokens=...)"
-        )
-    return Homes(root, plan, spec, device)
-
-
-def homes_of(model: Any) -> Homes | None:
-    """The homes of a model (or of the model under PEFT); None where all its weights are where torch keeps them."""
-    root = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return root.__dict__.get(HOME)
-
-
-def _device(root: Any, spec: FamilySpec) -> torch.device:
-    return next(root.get_submodule(spec.final_norm).parameters()).device
 
 
 def _base(path: str, module: nn.Module) -> Any:

@@ -76,7 +76,7 @@ def read_weights(
     if skeleton is not None and reason is None:
         model = skeleton.model
         if away is not None:
-            from hotloop.homes.homes import prepare
+            from hotloop.homes.settling import prepare
 
             homes = prepare(model, away, spec, wanted.device)
         fill(

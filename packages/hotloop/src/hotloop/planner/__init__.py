@@ -3,7 +3,7 @@ model.
 """
 
 from .cards import CARDS, Card, find_card
-from .make import checkpointing_placements, plan, plan_larger
+from .make import checkpointing_placements, plan, plan_elsewhere, plan_larger
 from .oom import explain_oom, plan_after_oom
 from .tables import Line, Outlook, outlook, summary
 from .task import Request, parse_bytes
@@ -21,6 +21,7 @@ __all__ = [
     "parse_bytes",
     "plan",
     "plan_after_oom",
+    "plan_elsewhere",
     "plan_larger",
     "summary",
 ]

@@ -93,6 +93,29 @@ def plan_larger(model: PreTrainedModel, now: Plan, *, tokens: int, longest: int)
     return task.training_as(now).plan()
 
 
+def plan_elsewhere(model: PreTrainedModel, now: Plan, *, tokens: int, longest: int) -> Plan:
+    """`now` for a batch that does not fit with its weights where they are: with more of them on the host.
+
+    Raises:
+        BudgetError: the batch does not fit whatever is on the host.
+
+    """
+    tokens, longest = max(tokens, now.tokens), max(longest, now.longest)
+    request = replace(request_again(now), tokens=tokens, longest=longest, homes=None)
+    free = Task.of(model, request).training_as(now).plan()
+    layers = tuple(
+        replace(new, streamed=new.streamed or old.streamed)
+        for new, old in zip(free.layers, now.layers, strict=True)
+    )
+    homes = replace(
+        free,
+        layers=layers,
+        embedding_on_host=free.embedding_on_host or now.embedding_on_host,
+        head_on_host=free.head_on_host or now.head_on_host,
+    )
+    return Task.of(model, replace(request, homes=homes)).training_as(now).plan()
+
+
 def request_again(now: Plan) -> Request:
     """The request that `now` answers for a loaded model, as far as a plan says, weights where they
     are.

@@ -65,6 +65,7 @@ class Task:
 
     rates: of the card, or of the reference where it is unknown (`timed` is False then). budget, host:
     bytes. only: the one kind of layer that the caller chose. homes: where weights may live.
+    settled: the plan that says where they do, if they do already.
     """
 
     job: Job
@@ -76,6 +77,7 @@ class Task:
     host_assumed: bool
     only: Kind | None
     homes: tuple[Homes, ...]
+    settled: Plan | None = None
 
     @classmethod
     def of(cls, model_or_config: Source, request: Request) -> Task:
@@ -105,6 +107,7 @@ class Task:
             host_assumed=assumed,
             only=only,
             homes=tuple(homes),
+            settled=request.homes,
         )
 
     def training_as(self, now: Plan) -> Task:
@@ -173,6 +176,12 @@ class Task:
             "head": self.job.head * space.homes.head,
         }
         layers = found.layers()
+        if self.settled is not None:  # as many layers stream as there; and they are those
+            there = self.settled.layers
+            layers = tuple(
+                replace(layer, streamed=old.streamed)
+                for layer, old in zip(layers, there, strict=True)
+            )
         if self.job.nf4_kv:
             layers = tuple(
                 replace(layer, nf4_kv=layer.placement("qkv") is not Placement.RECOMPUTE)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from hotloop_core.errors import BudgetError
 from hotloop_core.kernels import HeadLossOptions
 from hotloop_engine.ops.linear_cross_entropy import (
     TrainedRows,
@@ -16,7 +17,8 @@ from hotloop_engine.ops.linear_cross_entropy import (
 )
 from torch import Tensor, nn
 
-from hotloop.planner import plan_larger
+from hotloop.homes import move_more
+from hotloop.planner import plan_elsewhere, plan_larger
 
 from .classes import STATE, role
 from .head import head_weight
@@ -137,13 +139,22 @@ def _records(root: nn.Module) -> bool:
 
 
 def _plan_for(root: Any, state: RootState, sequences: Sequences | None) -> None:
-    """Plans again where a batch outgrows the plan; a batch that fits no plan is refused before it runs."""
+    """Plans again where a batch outgrows the plan; what does not fit moves further weights to the host.
+
+    A batch that fits no plan is refused before it runs.
+    """
     now = state.shared.plan
     if sequences is None or not now.tokens:
         return
-    if sequences.tokens > now.tokens or sequences.longest > now.longest:
-        larger = plan_larger(root, now, tokens=sequences.tokens, longest=sequences.longest)
-        state.receipt.replan(larger)
+    if sequences.tokens <= now.tokens and sequences.longest <= now.longest:
+        return
+    batch = {"tokens": sequences.tokens, "longest": sequences.longest}
+    try:
+        larger = plan_larger(root, now, **batch)
+    except BudgetError:
+        larger = plan_elsewhere(root, now, **batch)
+        state.shared.homes = move_more(root, larger, state.family)
+    state.receipt.replan(larger)
 
 
 def _with_sequences(kwargs: dict[str, Any]) -> dict[str, Any]:
