@@ -41,6 +41,7 @@ def _features(family: FamilySpec) -> list[str]:
         "RMSNorm": norms.kind == "rms",
         "norms after the blocks": norms.after_attention is not None,
         "sliding window": keys.window is not None,
+        "multipliers": keys.residual_scale is not None or keys.logit_divisor is not None,
         "soft caps": keys.attention_softcap is not None or keys.logit_softcap is not None,
     }
     if isinstance(attention, Attention):

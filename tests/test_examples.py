@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import hotloop
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hotloop.wiring import layer, receipt_of
 from hotloop_testkit.tiny import tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -49,6 +50,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     LlamaForCausalLM(config).save_pretrained(directory)
     tokenizer(320).save_pretrained(directory)
     return str(directory)
+
+
+@pytest.fixture(autouse=True)
+def first_accelerator() -> None:
+    """accelerate keeps the first Accelerator's precision for the process; a loop runs in a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hotloop_engine.attention import Sequences, add_centre, remove_centre_, request
+from hotloop_engine.attention import Sequences, add_centre, request
 from hotloop_engine.attention.backends import BACKENDS
 from hotloop_testkit.numerics import assert_no_worse_than, poisoned_buffers, relative_error
 from torch import Tensor
@@ -52,7 +52,7 @@ def run(backend, tensors: list[Tensor], centre_GK: Tensor | None) -> dict[str, T
     if reason := backend.refusal(request(q, k, sequences), DEVICE):
         pytest.skip(f"{backend.name}: {reason}")
     if centre_GK is not None:
-        remove_centre_(v, centre_GK)
+        v.sub_(centre_GK)
     o, lse = backend.forward(q, k, v, sequences, scale=SCALE)
     dq, dk, dv = backend.backward(do, q, k, v, o, lse, sequences, scale=SCALE)
     if centre_GK is not None:

@@ -212,6 +212,7 @@ def test_weights_stay_where_a_plan_has_put_them():
 def test_what_an_earlier_plan_has_pinned_is_used_again(monkeypatch):
     monkeypatch.setattr("hotloop.planner.task.free_host_memory", lambda: 0)
     first = plan(LLAMA_8B, tokens=4096, vram="3.4GiB", host="16GiB")
+    monkeypatch.setattr("hotloop.planner.task._pinned", lambda: first.host_bytes)
     again = plan(LLAMA_8B, tokens=4096, vram="3.4GiB", homes=first)
     assert 0 < again.host_bytes <= first.host_bytes
     with pytest.raises(BudgetError, match="of host memory be pinned"):

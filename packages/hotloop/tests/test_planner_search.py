@@ -131,11 +131,16 @@ def walk(space: Space, found: Found):
         device, host = device + held[-1], host + away
     last = space.costs[split[-1]]
     head = (small.head or small.embedding) * space.homes.head
-    moments = [device + max(small.loss(space.tile), last.forward) + head]
+    leaving = [c.away + c.x_away for c in (space.costs[kind] for kind in split)]
+    below = leaving[0] * (found.count > 0)
+    moments = [
+        device + max(small.loss(space.tile) + leaving[-1], last.forward) + head + below
+    ]
     for i in reversed(range(len(layers))):
         # What the last layer kept instead of sending away is in its working set too.
         twice = held[i] - (space.costs[split[i]].kept + _input_kept(space, split, i))
-        moments.append(device + space.costs[split[i]].backward - twice * (i == len(layers) - 1))
+        moment = device + space.costs[split[i]].backward - twice * (i == len(layers) - 1)
+        moments.append(moment + below * (i >= found.count))
         device -= held[i]
     return max(moments), host
 

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
+
 import pytest
+import torch
+from hotloop.verification.report import Row
 from hotloop_testkit.conformance import Conformance, WeakenedError, assert_import_is_light
-from hotloop_testkit.family import FamilyConformance
+from hotloop_testkit.family import FamilyConformance, _verified
 
 
 def check(*marks):
@@ -87,3 +92,46 @@ def test_a_heavy_import_is_named(tmp_path, monkeypatch):
     assert_import_is_light("light_plugin")
     with pytest.raises(AssertionError, match="heavy_plugin loads torch"):
         assert_import_is_light("heavy_plugin")
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `verify` found in one draw: the error of one gradient, where 1.3 is allowed."""
+
+    ours: float
+
+    @property
+    def rows(self):
+        return (Row(name="w", ours=self.ours, eager=1.0, allowed=1.3),)
+
+    @property
+    def ok(self):
+        return all(row.ok for row in self.rows)
+
+
+@pytest.mark.parametrize(
+    "errors, accepted",
+    [
+        ([1.2], True),
+        ([1.36, 0.9, 0.9, 1.2, 1.0], True),
+        ([1.36, 1.3, 1.35, 1.29, 1.31], False),
+        ([2.5, 1.0, 1.0, 1.0, 1.0], False),
+        ([float("inf"), 1.0, 1.0, 1.0, 1.0], False),
+    ],
+)
+def test_a_gradient_is_worse_than_eagers_if_it_is_so_over_several_draws(
+    errors, accepted, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(
+        "hotloop.verification.verify", lambda number, _, **options: Verified(errors[number])
+    )
+
+    def draw(number):
+        drawn.append(number)
+        return number, None
+
+    outcome = nullcontext() if accepted else pytest.raises(AssertionError, match="w are worse")
+    with outcome:
+        _verified(draw, torch.bfloat16)
+    assert drawn == list(range(len(errors)))

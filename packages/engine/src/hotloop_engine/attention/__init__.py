@@ -6,7 +6,7 @@ o_THK, lse = backend.forward(q_THK, k_TGK, v_TGK, sequences, scale=K**-0.5)
 dq, dk, dv = backend.backward(do_THK, q_THK, k_TGK, v_TGK, o_THK, lse, sequences, scale=K**-0.5)
 """
 
-from .centre import add_centre, remove_centre_
+from .centre import add_centre
 from .choice import BackendRow, choose, table
 from .interface import Backend, Capability, Gradients, Request, request
 from .sequences import Sequences
@@ -20,7 +20,6 @@ __all__ = [
     "Sequences",
     "add_centre",
     "choose",
-    "remove_centre_",
     "request",
     "table",
 ]

@@ -5,7 +5,7 @@ Rows of p sum to one, so for any constant c of a head
     sum_j p_ij v_j = c + sum_j p_ij (v_j - c),
 
 and c drops out of every gradient. Backward takes delta_i = do_i . o_i from an o that was rounded to 16 bits; with
-c = v's bias that rounding is relative to v - c, not to v. See derivation.md.
+c = v's bias that rounding is relative to v - c, not to v: v is projected without it. See derivation.md.
 """
 
 from __future__ import annotations
@@ -16,14 +16,6 @@ import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-def remove_centre_(v_TGK: Tensor, centre_GK: Tensor) -> Tensor:
-    """v - c in place, any strides; one pass over v. Not needed where v was made without its bias.
-
-    centre_GK: in v's dtype. Numbers near c lose nothing: their difference is exact.
-    """
-    return v_TGK.sub_(centre_GK)
 
 
 def add_centre(o_THK: Tensor, centre_GK: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ Saved by name: x (by the caller), qkv (rotated; raw where q/k norms need it), at
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from hotloop_core.kernels import HeadNorm
@@ -18,7 +18,6 @@ from hotloop_engine.attention import (
     Sequences,
     add_centre,
     choose,
-    remove_centre_,
     request,
 )
 from hotloop_engine.ops.lora_linear import (
@@ -56,7 +55,11 @@ class AttentionShape:
 
 
 class AttentionBlock:
-    """The attention half of a layer, for one call: its weights are read when it is made."""
+    """The attention half of a layer, for one call: its weights are read when it is made.
+
+    v_bias: v's bias [G * K], which passes attention unchanged and is added behind it: `qkv` is without it, which makes
+    the gradients of q and k exact and spares v a rounding (decision 0018).
+    """
 
     input_name = "x"
     names: tuple[str, ...] = ("qkv", "attention", "attention_out")
@@ -74,6 +77,7 @@ class AttentionBlock:
         sequences: Sequences,
         q_norm: NormView | None = None,
         k_norm: NormView | None = None,
+        v_bias: Tensor | None = None,
         after: NormView | None = None,
         backend: str | None = None,
         deterministic: bool = False,
@@ -92,16 +96,16 @@ class AttentionBlock:
         self.backend, self.deterministic = backend, deterministic
         self.nf4_kv = nf4_kv
         self.rope = context.op("rope")
-        bias = qkv.views[-1].bias
-        # v's bias passes attention unchanged; without it the gradients of q and k are exact (decision 0018).
+        self.v_bias = v_bias
         self.centre = None
-        if bias is not None:
-            self.centre = bias.detach().to(context.dtype).view(shape.kv_heads, shape.head_dim)
+        if v_bias is not None:
+            self.centre = v_bias.detach().to(context.dtype).view(shape.kv_heads, shape.head_dim)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that autograd may ask a gradient for."""
         norms = [tensor for view in self.norm_views for tensor in view.tensors()]
-        return norms + self.qkv.tensors() + self.o.tensors()
+        biases = [] if self.v_bias is None else [self.v_bias]
+        return norms + self.qkv.tensors() + biases + self.o.tensors()
 
     def forward(self, x_TD: Tensor, saved: Saved) -> Tensor:
         """Returns the residual stream behind attention; fills `saved`."""
@@ -162,8 +166,6 @@ class AttentionBlock:
             _, t = self.qkv.forward(wide, e, seeds=seeds, out=cut(qkv, rows)[:, :n])
             statistics.append(found)
             ts.append(t)
-        if self.centre is not None:
-            remove_centre_(self._split(qkv)[2], self.centre)
         saved["_statistics_x"], saved["_t_qkv"] = join(statistics), join(ts)
         if keep_weights:
             saved["_e_qkv"] = e
@@ -256,8 +258,10 @@ class AttentionBlock:
         wide = self.qkv.wide(qkv.shape[0], backward=True) if options else qkv
         wide_q, wide_k, wide_v = self._split(wide)
         wide_v.copy_(dv)
+        if self.v_bias is not None and self.v_bias.requires_grad:
+            add_gradient(sink, self.v_bias, wide_v.sum(0, dtype=torch.float32).flatten())
         raw_q, raw_k, _ = self._split(qkv)
-        trains = [view for view in (self.q_norm, self.k_norm) if _trains(view)]
+        trains = any(_trains(view) for view in (self.q_norm, self.k_norm))
         _, _, dwq, dwk = self.rope.backward(
             dq,
             dk,
@@ -266,13 +270,13 @@ class AttentionBlock:
             interleaved=self.shape.interleaved,
             q_THK=raw_q if options else None,
             k_TGK=raw_k if options else None,
-            need_dw=bool(trains),
+            need_dw=trains,
             out_q=wide_q,
             out_k=wide_k,
             **options,
         )
         for view, gradient in ((self.q_norm, dwq), (self.k_norm, dwk)):
-            if _trains(view) and gradient is not None:
+            if view is not None and view.weight is not None and gradient is not None:
                 add_gradient(sink, view.weight, gradient)
         return wide
 
@@ -362,5 +366,5 @@ class AttentionBlock:
         }
 
 
-def _trains(view: NormView | None) -> TypeGuard[NormView]:
+def _trains(view: NormView | None) -> bool:
     return view is not None and view.weight is not None and view.weight.requires_grad

@@ -62,7 +62,8 @@ def load(
         dtype: default bf16 where the card has it, else fp16; fp32 on a CPU, where 16-bit arithmetic
             is slow.
         max_seq_len: tokens of the longest sequence; the plan is made for one of them.
-        vram: budget for the plan, as `hotloop.plan` takes it.
+        vram: budget for the plan, as `hotloop.plan` takes it. On a card torch's allocator then grows its segments
+            (`expandable_segments`), for the whole process.
         family: which one, where several plugins claim the model.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model.
@@ -110,6 +111,8 @@ def load(
     facts = facts_of(spec, config.to_dict())
     checks.require_length(max_seq_len, facts, rope_scaling)
     where = _device(device)
+    if vram is not None and where.type == "cuda":
+        _stretch_allocator()
     dtype = _dtype(dtype, where)
     tokenizer = read_tokenizer(source, remote_code=trust_remote_code)
     checks.require_vocabulary(tokenizer, facts, source.name)
@@ -162,6 +165,18 @@ def load(
 
         wire_model(model, plan, family=family)
     return model, tokenizer
+
+
+def _stretch_allocator() -> None:
+    """Lets torch's allocator grow its segments, so that what it holds stays near what is used, as a budget supposes.
+
+    For the whole process, and only for memory taken from now on. Torch has no public name for it at run time.
+    """
+    import torch
+
+    change = getattr(torch.cuda.memory, "_set_allocator_settings", None)
+    if change is not None:
+        change("expandable_segments:True")
 
 
 def _rank(source: Source) -> int | None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .cards import Card
     from .job import Job
 
-SLACK_BYTES, SLACK_PERCENT = 64 * 2**20, 8
+SLACK_BYTES, SLACK_PERCENT = 128 * 2**20, 8
 """What the allocator reserves and cuBLAS's workspace takes beside the tensors: a constant, and a share of all else but
 weights. An H100 kept 18.9 GiB for 17.8 of tensors and 56.9 for 53.0; a budget must hold what is reserved."""
 
@@ -71,12 +71,14 @@ class Bounds:
 
 class Part(NamedTuple):
     """Bytes of the early or of the late layers: kept for backward, their worst moment (early layers:
-    in all; late ones: beyond all that is kept), away on the host.
+    in all; late ones: beyond all that is kept), away on the host, and on the device of what one of
+    them sends away: it may still be on its way when the layers above, or the loss, are at work.
     """
 
     kept: Any
     moment: Any
     away: Any
+    leaving: Any
 
 
 class Space:
@@ -107,17 +109,20 @@ class Space:
         stored = _stored(count, costs)
         kept = count * costs.kept + stored * costs.x_kept
         moment = (count > 0) * (kept + costs.backward)
-        return Part(kept, moment, count * costs.away + stored * costs.x_away)
+        leaving = (count > 0) * (costs.away + costs.x_away)
+        return Part(kept, moment, count * costs.away + stored * costs.x_away, leaving)
 
     def late(self, costs: Costs, count: Any) -> Part:
         """The last `count` layers, one at least. Worst are the loss and the last layer's backward."""
         stored, stays = _stored(count, costs), self._stays(costs, count)
         head = (self.job.head or self.job.embedding) * self.homes.head
-        loss = np.maximum(self.job.loss(self.tile), costs.forward) + head
+        leaving = costs.away + costs.x_away
+        loss = np.maximum(self.job.loss(self.tile) + leaving, costs.forward) + head
         return Part(
             count * costs.kept + stored * costs.x_kept + stays,
             np.maximum(loss, costs.backward - stays),
             count * costs.away + stored * costs.x_away - stays,
+            (count > 0) * leaving,
         )
 
     def _stays(self, costs: Costs, count: Any) -> Any:
@@ -128,7 +133,7 @@ class Space:
         """Where the bytes of a plan are at its peak."""
         job = self.job
         kept = early.kept + late.kept
-        working = np.maximum(kept + late.moment, early.moment) - kept
+        working = np.maximum(kept + late.moment + early.leaving, early.moment) - kept
         outside = job.embedding * self.homes.embedding + job.head * self.homes.head
         return Bytes(
             weights=job.weights - outside - streamed * job.layer_weights,
@@ -208,7 +213,7 @@ class Space:
     def _room(self, bounds: Bounds) -> float:
         """Bytes for activations, kept and at work, where every layer streams its weights."""
         streams = bounds.stream and self.homes.streamed is None
-        nothing = Part(0, 0, 0)
+        nothing = Part(0, 0, 0, 0)
         held = self.bytes(nothing, nothing, (self.homes.streamed or 0) + self.layers * streams)
         return (bounds.device - self.peak(held)) * 100 / (100 + SLACK_PERCENT) + 1
 

@@ -89,9 +89,8 @@ class Task:
             host = parse_bytes(request.host)
         elif assumed:
             host = int(HOST_SHARE * assumed_host_memory(free or 0))
-        else:  # what an earlier plan has pinned is not free, and is used again
-            pinned = 0 if request.homes is None else request.homes.host_bytes
-            host = int(HOST_SHARE * free_host_memory()) + pinned
+        else:  # what is pinned already is not free, and is used again
+            host = int(HOST_SHARE * free_host_memory()) + (_pinned() if request.homes else 0)
         only = None if request.placements is None else _fixed(job, request.placements)
         if request.homes is not None:
             homes = [_homes(request.homes)]
@@ -331,6 +330,13 @@ def _card(card: str | Card | None) -> tuple[Card | None, str | None, int | None]
         return find_card(name), name, free
     except ConfigError:
         return None, name, free
+
+
+def _pinned() -> int:
+    """Bytes that this process has page-locked."""
+    from hotloop_engine.stores import pinned_bytes
+
+    return pinned_bytes()
 
 
 def _homes(plan: Plan) -> Homes:

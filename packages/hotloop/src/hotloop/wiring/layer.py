@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +19,7 @@ from hotloop_engine.blocks import (
     Surroundings,
     run_blocks,
 )
-from hotloop_engine.ops.lora_linear import LinearGroup
+from hotloop_engine.ops.lora_linear import LinearGroup, LinearView
 from torch import Tensor, nn
 
 from .classes import STATE, role
@@ -119,7 +119,7 @@ class LayerState:
     spec: LayerSpec
     shared: Shared
     four_bit: FourBitCache = field(default_factory=FourBitCache)
-    groups: dict[tuple[str, ...], tuple[Any, LinearGroup]] = field(default_factory=dict)
+    groups: dict[str, tuple[Any, LinearGroup]] = field(default_factory=dict)
     guard: Guard | None = None
 
     def __post_init__(self) -> None:
@@ -237,15 +237,18 @@ def build_blocks(
         module = modules.get(role)
         return None if module is None else norm_view(module, spec.norms, facts.norm_eps)
 
-    def group(*roles: str) -> LinearGroup:
-        views = [linear_view(modules[role], state.four_bit) for role in roles]
+    def view(role: str) -> LinearView:
+        return linear_view(modules[role], state.four_bit)
+
+    def group(name: str, *views: LinearView) -> LinearGroup:
         key = (dtype, hidden.device, *(part for view in views for part in view.identity()))
-        known = state.groups.get(roles)
+        known = state.groups.get(name)
         if known is None or known[0] != key:  # the group holds the views, so no identity is reused
-            known = state.groups[roles] = (key, LinearGroup(views, dtype, hidden.device))
+            known = state.groups[name] = (key, LinearGroup(views, dtype, hidden.device))
         return known[1]
 
     cos, sin = (t.reshape(-1, t.shape[-1]) for t in kwargs["position_embeddings"])
+    v = view("v")
     attention, mlp = spec.attention, spec.mlp
     assert isinstance(attention, Attention) and isinstance(mlp, Glu)
     if not attention.rotary:  # two dimensions turned by nothing: every bit stays
@@ -263,13 +266,14 @@ def build_blocks(
                 interleaved=attention.interleaved,
             ),
             norm=norm("before_attention"),
-            qkv=group("q", "k", "v"),
-            o=group("o"),
+            qkv=group("qkv", view("q"), view("k"), replace(v, bias=None)),
+            o=group("o", view("o")),
             cos_PR=cos,
             sin_PR=sin,
             sequences=shared.sequences(hidden, kwargs),
             q_norm=norm("q_norm"),
             k_norm=norm("k_norm"),
+            v_bias=v.bias,
             after=norm("after_attention"),
             backend=shared.backend,
             deterministic=shared.deterministic,
@@ -279,8 +283,8 @@ def build_blocks(
             context,
             activation=facts.activation,
             norm=norm("before_mlp"),
-            gate_up=group("gate", "up"),
-            down=group("down"),
+            gate_up=group("gate_up", view("gate"), view("up")),
+            down=group("down", view("down")),
             after=norm("after_mlp"),
         ),
     )
