@@ -143,7 +143,7 @@ def test_saving_methods_call_the_exporter_for_the_adapted_model_and_its_copies(m
 
 
 def test_an_unknown_save_method_is_refused_and_the_known_ones_are_named(model):
-    with pytest.raises(ConfigError, match="merged_16bit, merged_4bit, .*lora"):
+    with pytest.raises(ConfigError, match=r"merged_16bit, merged_4bit, .*lora"):
         model.save_pretrained_merged("out", save_method="fast")
 
 

@@ -133,9 +133,7 @@ def walk(space: Space, found: Found):
     head = (small.head or small.embedding) * space.homes.head
     leaving = [c.away + c.x_away for c in (space.costs[kind] for kind in split)]
     below = leaving[0] * (found.count > 0)
-    moments = [
-        device + max(small.loss(space.tile) + leaving[-1], last.forward) + head + below
-    ]
+    moments = [device + max(small.loss(space.tile) + leaving[-1], last.forward) + head + below]
     for i in reversed(range(len(layers))):
         # What the last layer kept instead of sending away is in its working set too.
         twice = held[i] - (space.costs[split[i]].kept + _input_kept(space, split, i))

@@ -162,6 +162,7 @@ class MlpBlock:
         t_gate_up, t_down = saved.pop("_t_gate_up"), saved.pop("_t_mlp_out")
         db = da = None
         if self.gate_up.sums and self.down.sums and not self.down.trains_base:
+            assert dt is not None  # sums are over adapters, so there are some
             dt_TR = dt[:, : self.down.rank]
             db, da = self.adapter_glu.backward_(
                 dh_TI, gate, up, t_gate_up, dt_TR, activation=self.activation

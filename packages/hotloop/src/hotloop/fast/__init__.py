@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .model import FastLanguageModel, FastModel, is_bfloat16_supported
+
+if TYPE_CHECKING:
+    from .trainer import HotloopTrainer, HotloopTrainingArguments
 
 __all__ = [
     "FastLanguageModel",
