@@ -119,7 +119,7 @@ def padded_steps(sizes: Sizes) -> Iterator[list[Batch]]:
 def load_fast(who: str, path: str, sizes: Sizes, bits: int, checkpointing: bool) -> Model:
     """Hotloop's or Unsloth's FastLanguageModel, by the same calls; Hotloop's plan decides what it keeps."""
     fast = importlib.import_module(who.partition("-")[0]).FastLanguageModel
-    placement = "offload" if who != "unsloth" else "unsloth" if checkpointing else False
+    placement = "auto" if who != "unsloth" else "unsloth" if checkpointing else False
     import torch
 
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32

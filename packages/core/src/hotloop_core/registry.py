@@ -126,7 +126,8 @@ class Registry:
         lines.append(
             f"Install it: `uv add {known}`."
             if known
-            else "Install one that does, or write one: docs/write-a-family.md"
+            else f"Install one that does, or write one: `hotloop new-family {model_type}` drafts it, "
+            "docs/write-a-family.md says how."
         )
         return "\n".join(lines)
 

@@ -53,7 +53,10 @@ FROM_PRETRAINED: Refusals = {
         "use model.resize_token_embeddings, save the model and load that",
     ),
     "use_exact_model_name": ((True, False, None), ""),
-    "offload_embedding": ((False, None), "offloading weights to host memory is not built yet"),
+    "offload_embedding": (
+        (False, None),
+        "the plan decides what lives on the host: pass vram=, or hotloop.load(..., plan=...)",
+    ),
     "random_state": ((None, 3407), "loading is not random; get_peft_model takes random_state"),
     "return_logits": (
         (False, None),

@@ -134,8 +134,8 @@ def checkpointing_placements(checkpointing: str | bool | None) -> Placements | N
     """The `placements` of the field's `use_gradient_checkpointing`.
 
     True: recompute every layer. False: keep everything. "offload": recompute every layer, its input
-    waits on the host. None, "auto" and "unsloth" (what scripts written for others say): the planner
-    finds the fastest that fits.
+    waits on the host. None and "auto": the planner finds the fastest that fits; so for "unsloth", which
+    FastLanguageModel takes for "offload".
 
     Raises:
         ConfigError: another value.
