@@ -50,7 +50,8 @@ def run(backend, tensors: list[Tensor], centre_GK: Tensor | None) -> dict[str, T
     offsets = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], device=DEVICE)
     sequences = Sequences.from_cu_seqlens(offsets, tokens=sum(LENGTHS))
     if reason := backend.refusal(request(q, k, sequences), DEVICE):
-        pytest.skip(f"{backend.name}: {reason}")
+        where = "needs a CUDA device: " if DEVICE.type == "cpu" else ""
+        pytest.skip(f"{where}{backend.name}: {reason}")
     if centre_GK is not None:
         v.sub_(centre_GK)
     o, lse = backend.forward(q, k, v, sequences, scale=SCALE)
