@@ -46,6 +46,9 @@ def _features(family: FamilySpec) -> list[str]:
     }
     if isinstance(attention, Attention):
         has["q/k norms"] = attention.q_norm is not None
+        has["fused projections"] = (
+            attention.qkv is not None or "gate_up" in family.layer.projections
+        )
         has["biases in q, k, v"] = attention.qkv_bias is True
         has["biases where the config says so"] = isinstance(attention.qkv_bias, str)
     return [name for name, there in has.items() if there]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import ConfigError, UnsupportedError
-from .family import Attention, Config, FamilySpec, Glu
+from .family import Attention, Config, CustomBlock, FamilySpec, Glu, LayerSpec
 
 if TYPE_CHECKING:
     from .kernels import Activation
@@ -22,6 +22,15 @@ ACTIVATIONS: Mapping[str, Activation] = {
 """What transformers calls an activation -> what the engine calls it."""
 
 
+SEPARATE: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("q", "k", "v"),
+    "o": ("o",),
+    "gate_up": ("gate", "up"),
+    "down": ("down",),
+}
+"""The groups of a dense layer each of whose projections is a module of its own."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
     """Sizes are elements; windows holds, for each layer, the sliding window in tokens or None.
@@ -29,7 +38,9 @@ class ModelFacts:
     rope: the config's rope parameters, normalised: always `rope_type` and `rope_theta`; per layer type where the config
     keeps them so (Gemma 3). logit_divisor divides the logits before the loss, residual_scale multiplies each block's
     output before it is added (both 1 but for Granite). post_norms: a block's output goes through a norm before it is
-    added (Gemma 2). config: what all this was read from, the family's defaults filled in.
+    added (Gemma 2). groups: the projections that share their input, by role, under the name of what they make.
+    own: the family's own blocks, by what they stand for ("attention", "mlp"); activation is None where the MLP is one.
+    config: what all this was read from, the family's defaults filled in.
     """
 
     family: str
@@ -42,7 +53,7 @@ class ModelFacts:
     head_dim: int
     vocab_size: int
     norm_eps: float
-    activation: Activation
+    activation: Activation | None
     max_positions: int
     tied: bool
     qkv_bias: bool
@@ -59,24 +70,33 @@ class ModelFacts:
     windows: tuple[int | None, ...]
     rope: Mapping[str, Any]
     config: Config
+    groups: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: dict(SEPARATE), hash=False
+    )
+    own: Mapping[str, CustomBlock] = field(default_factory=dict[str, CustomBlock], hash=False)
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of the seven projections of a dense layer, by role."""
+        """(out_features, in_features) of the projections of a dense layer, by role."""
         d, i, q, kv = (
             self.hidden_size,
             self.intermediate_size,
             self.heads * self.head_dim,
             self.kv_heads * self.head_dim,
         )
-        return {
+        shapes = {
             "q": (q, d),
             "k": (kv, d),
             "v": (kv, d),
+            "qkv": (q + 2 * kv, d),
             "o": (d, q),
             "gate": (i, d),
             "up": (i, d),
+            "gate_up": (2 * i, d),
             "down": (d, i),
         }
+        for block in self.own.values():
+            shapes.update(block.shapes(self))
+        return {role: shapes[role] for roles in self.groups.values() for role in roles}
 
     @property
     def window(self) -> int | None:
@@ -92,6 +112,12 @@ class ModelFacts:
     def window_rope_theta(self) -> float:
         """The rope base of the layers with a sliding window; Gemma 3 gives them one of their own."""
         return float(self.rope.get("sliding_attention", self.rope)["rope_theta"])
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of each head's dimensions are rotated, in the layers that see everything."""
+        rope = self.rope.get("full_attention", self.rope)
+        return int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
 
     @property
     def layer_parameters(self) -> int:
@@ -132,6 +158,8 @@ def facts_of(family: FamilySpec, config: Config) -> ModelFacts:
         )
     head_dim = _size(config, keys.head_dim, family, default=hidden // heads)
     attention, mlp = layer.attention, layer.mlp
+    parts = {"attention": attention, "mlp": mlp}
+    own = {name: part for name, part in parts.items() if isinstance(part, CustomBlock)}
     return ModelFacts(
         family=family.name,
         model_type=str(config.get("model_type")),
@@ -143,7 +171,7 @@ def facts_of(family: FamilySpec, config: Config) -> ModelFacts:
         head_dim=head_dim,
         vocab_size=_size(config, keys.vocab_size, family),
         norm_eps=float(config.get(keys.norm_eps, 1e-6)),
-        activation=_activation(config, family),
+        activation=None if "mlp" in own else _activation(config, family),
         max_positions=_size(config, keys.max_positions, family, default=2048),
         tied=bool(config.get(keys.tied, False)),
         qkv_bias=isinstance(attention, Attention) and _flag(config, attention.qkv_bias),
@@ -160,7 +188,21 @@ def facts_of(family: FamilySpec, config: Config) -> ModelFacts:
         windows=_windows(config, family, layers),
         rope=_rope(config),
         config=config,
+        groups=_groups(layer),
+        own=own,
     )
+
+
+def _groups(layer: LayerSpec) -> dict[str, tuple[str, ...]]:
+    """The layer's projections as they run together; each of a family's own block by itself."""
+    groups: dict[str, tuple[str, ...]] = {}
+    for part, names in ((layer.attention, ("qkv", "o")), (layer.mlp, ("gate_up", "down"))):
+        if isinstance(part, CustomBlock):
+            groups |= {role: (role,) for role in part.projections}
+        else:
+            fused = layer.projections
+            groups |= {name: (name,) if name in fused else SEPARATE[name] for name in names}
+    return groups
 
 
 def _size(config: Config, key: str, family: FamilySpec, default: int | None = None) -> int:
@@ -250,7 +292,9 @@ def _rope(config: Config) -> Mapping[str, Any]:
     parameters = config.get("rope_parameters")
     if parameters is None:
         parameters = dict(config.get("rope_scaling") or {})
-        parameters["rope_theta"] = config.get("rope_theta", 10000.0)
+        for key in ("rope_theta", "partial_rotary_factor"):
+            if key in config:
+                parameters[key] = config[key]
         if "rope_local_base_freq" in config:
             return {
                 "full_attention": _rope_entry(parameters),

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from .errors import ConfigError
+
 if TYPE_CHECKING:
     from .facts import ModelFacts
     from .kernels import Activation
@@ -39,39 +41,79 @@ class Norms:
     offset: float = 0.0
 
 
+def _present(paths: Mapping[str, str | None]) -> dict[str, str]:
+    return {role: path for role, path in paths.items() if path is not None}
+
+
+def _either(part: str, fused: str, path: str | None, apart: Mapping[str, str | None]) -> None:
+    """Raises ConfigError unless there is the fused projection or each of those apart, not some of both."""
+    given = _present(apart)
+    if (path is None and len(given) < len(apart)) or (path is not None and given):
+        raise ConfigError(
+            f"{part} names {', '.join([*given, *([fused] if path is not None else [])]) or 'no projection'}; "
+            f"expected {', '.join(apart)}, or {fused} alone"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attention:
     """Grouped-query attention with rotary positions, by paths within the layer.
 
+    q, k, v, or qkv: one projection each, or one whose output holds all of q, then k, then v (Phi-3).
     module: the attention module itself, whose hooks and attributes the wiring checks.
     qkv_bias, o_bias: True, False, or the config key that says it.
-    q_norm, k_norm: norms over each head before the rotation (Qwen3, Gemma 3).
+    q_norm, k_norm: norms before the rotation. norm_over: each head (Qwen3, Gemma 3) or all heads (OLMo 2).
     interleaved: pairs of the rotation are even/odd dimensions instead of the two halves.
     rotary: False for a layer whose heads are not rotated (SmolLM3 has one in four; arXiv:2501.18795).
     """
 
-    q: str
-    k: str
-    v: str
     o: str
+    q: str | None = None
+    k: str | None = None
+    v: str | None = None
+    qkv: str | None = None
     module: str = "self_attn"
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     q_norm: str | None = None
     k_norm: str | None = None
+    norm_over: Literal["head", "all"] = "head"
     interleaved: bool = False
     rotary: bool = True
+
+    def __post_init__(self) -> None:
+        _either("Attention", "qkv", self.qkv, {"q": self.q, "k": self.k, "v": self.v})
+
+    @property
+    def projections(self) -> dict[str, str]:
+        """Role -> path of the linear modules, in the order of forward."""
+        return _present({"q": self.q, "k": self.k, "v": self.v, "qkv": self.qkv, "o": self.o})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Glu:
-    """down(act(gate(x)) * up(x)), by paths within the layer. bias: True, False, or the config key that says it."""
+    """down(act(gate(x)) * up(x)), by paths within the layer.
 
-    gate: str
-    up: str
+    gate, up, or gate_up: one projection each, or one whose output holds all of gate, then up (Phi-3, GLM-4).
+    bias: True, False, or the config key that says it.
+    """
+
     down: str
+    gate: str | None = None
+    up: str | None = None
+    gate_up: str | None = None
     module: str = "mlp"
     bias: bool | str = False
+
+    def __post_init__(self) -> None:
+        _either("Glu", "gate_up", self.gate_up, {"gate": self.gate, "up": self.up})
+
+    @property
+    def projections(self) -> dict[str, str]:
+        """Role -> path of the linear modules, in the order of forward."""
+        return _present(
+            {"gate": self.gate, "up": self.up, "gate_up": self.gate_up, "down": self.down}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,13 +144,21 @@ class MixtureOfExperts:
 
 @dataclass(frozen=True, kw_only=True)
 class CustomBlock:
-    """A block that the family brings itself: `target` ("package.module:Class") implements `kernels.Block`.
+    """A block that the family brings itself, in place of `Attention` or `Glu`: what stands between the layer's norms.
 
-    module: the path of the submodule that it covers. parameters: paths within the layer of every module it reads.
+    target: "package.module:Class", a `blocks.Block`, imported when a layer first runs.
+    module: path within the layer of the submodule whose work it does.
+    projections: role -> path of its linear modules, which adapters, 4-bit weights and streaming reach.
+    shapes: facts of a model -> (out_features, in_features) of each role. They and `kept` are what a plan counts with.
+    kept: facts of a model -> elements per token that its forward keeps for backward.
+    parameters: paths of its other modules with parameters.
     """
 
     target: str
     module: str
+    projections: Mapping[str, str] = field(hash=False)
+    shapes: Callable[[ModelFacts], Mapping[str, tuple[int, int]]]
+    kept: Callable[[ModelFacts], int]
     parameters: tuple[str, ...] = ()
 
 
@@ -124,6 +174,16 @@ class LayerSpec:
     attention: Attention | LatentAttention | CustomBlock
     mlp: Glu | MixtureOfExperts | CustomBlock
     ops: Mapping[str, str] = field(default_factory=dict[str, str], hash=False)
+
+    @property
+    def projections(self) -> dict[str, str]:
+        """Role -> path within the layer of the projections that adapters go to and that a budget streams."""
+        return {
+            role: path
+            for part in (self.attention, self.mlp)
+            if isinstance(part, Attention | Glu | CustomBlock)
+            for role, path in part.projections.items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,22 +53,38 @@ def saved_tensors(facts: ModelFacts) -> tuple[SavedTensor, ...]:
     """What one dense layer's backward needs, in the order of forward. The engine's blocks use these
     names.
     """
-    shapes = facts.linear_shapes()
     d, i = facts.hidden_size, facts.intermediate_size
-    q, kv = shapes["q"][0], shapes["k"][0]
+    q, kv = facts.heads * facts.head_dim, facts.kv_heads * facts.head_dim
+    in_attention = (
+        SavedTensor(name="qkv", elements=q + 2 * kv, flops=2 * d * (q + 2 * kv)),
+        SavedTensor(name="attention", elements=q, extra_bytes=4 * facts.heads),
+    )
+    in_mlp = (SavedTensor(name="gate_up", elements=2 * i, flops=4 * d * i),)
     o, down = 2 * q * d, 2 * d * i
+    if "attention" in facts.own:
+        in_attention = (_own("attention", facts),)
+        o = in_attention[0].flops
+    if "mlp" in facts.own:
+        in_mlp = (_own("mlp", facts),)
+        down = in_mlp[0].flops
     # A norm behind a block needs what it normed; then x_mid is that, normed and added: no GEMM of its own.
     attention_out = (SavedTensor(name="attention_out", elements=d, flops=o),)
     mlp_out = (SavedTensor(name="mlp_out", elements=d, flops=down),)
     return (
         SavedTensor(name="x", elements=d, can_recompute=False),
-        SavedTensor(name="qkv", elements=q + 2 * kv, flops=2 * d * (q + 2 * kv)),
-        SavedTensor(name="attention", elements=q, extra_bytes=4 * facts.heads),
+        *in_attention,
         *(attention_out if facts.post_norms else ()),
         SavedTensor(name="x_mid", elements=d, flops=0 if facts.post_norms else o),
-        SavedTensor(name="gate_up", elements=2 * i, flops=4 * d * i),
+        *in_mlp,
         *(mlp_out if facts.post_norms else ()),
     )
+
+
+def _own(part: str, facts: ModelFacts) -> SavedTensor:
+    """What a family's own block keeps, as one: its forward makes all of it again."""
+    block = facts.own[part]
+    flops = 2 * sum(n * k for n, k in block.shapes(facts).values())
+    return SavedTensor(name=f"own_{part}", elements=block.kept(facts), flops=flops)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +121,16 @@ class LayerPlan:
         return "; ".join(["keep everything", *parts] if kept else parts)
 
 
-_RECOMPUTABLE = ("qkv", "attention", "attention_out", "x_mid", "gate_up", "mlp_out")
+_RECOMPUTABLE = (
+    "qkv",
+    "attention",
+    "own_attention",
+    "attention_out",
+    "x_mid",
+    "gate_up",
+    "own_mlp",
+    "mlp_out",
+)
 
 
 def _names(names: list[str]) -> str:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from hotloop.planner.make import Placements
 
-ROLES = ("q", "k", "v", "o", "gate", "up", "down")
-
 
 def add_lora(
     model: PreTrainedModel,
@@ -49,9 +47,9 @@ def add_lora(
         r: rank.
         alpha: see the equation.
         dropout: on the adapters' input, in [0, 1).
-        targets: "all-linear": the seven projections of every decoder layer. A list of roles (q, k,
-            v, o, gate, up, down) or module names (q_proj, ...). Any other text is a regular
-            expression over whole module paths.
+        targets: "all-linear": every projection of every decoder layer. A list of roles (q, k, v, o,
+            gate, up, down; qkv, gate_up where they are fused) or module names (q_proj, ...). Any
+            other text is a regular expression over whole module paths.
         seed: of A's random values.
         rslora: see the equation (arXiv:2312.03732).
         bias: which biases train: "none", "all", or "lora_only" (of the adapted layers).
@@ -112,14 +110,7 @@ def add_lora(
 
 def projections(spec: FamilySpec, config: Config) -> dict[str, str]:
     """Role -> path within the layer, of the projections that the family describes."""
-    layer = spec.layer_spec(config, 0)
-    parts = (layer.attention, layer.mlp)
-    return {
-        role: path
-        for role in ROLES
-        for part in parts
-        if isinstance(path := getattr(part, role, None), str)
-    }
+    return spec.layer_spec(config, 0).projections
 
 
 def _modules(

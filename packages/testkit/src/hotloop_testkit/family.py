@@ -95,12 +95,13 @@ class FamilyConformance(Conformance, kit=True):
         config = model.config.to_dict()
         facts = facts_of(self.spec, config)
         shapes = facts.linear_shapes()
-        biases = {"q": facts.qkv_bias, "o": facts.o_bias, "gate": facts.mlp_bias}
+        of_group = {"qkv": facts.qkv_bias, "o": facts.o_bias, "gate_up": facts.mlp_bias}
+        biases = {role: of_group.get(g) for g, roles in facts.groups.items() for role in roles}
         layer = model.get_submodule(f"{self.spec.layers}.0")
         for role, path in projections(self.spec, config).items():
             linear = layer.get_submodule(path)
             assert tuple(linear.weight.shape) == shapes[role], role
-            assert biases.get(role, linear.bias is not None) == (linear.bias is not None), role
+            assert biases[role] in (None, linear.bias is not None), role
         embedding = model.get_submodule(self.spec.embedding)
         head = model.get_submodule(self.spec.head)
         assert embedding is model.get_input_embeddings() and head is model.get_output_embeddings()

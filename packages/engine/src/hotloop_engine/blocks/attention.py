@@ -7,19 +7,12 @@ Saved by name: x (by the caller), qkv (rotated; raw where q/k norms need it), at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from hotloop_core.kernels import HeadNorm
 from torch import Tensor
 
-from hotloop_engine.attention import (
-    Sequences,
-    add_centre,
-    choose,
-    request,
-)
+from hotloop_engine.attention import add_centre
 from hotloop_engine.ops.lora_linear import (
     GradientSink,
     LinearGroup,
@@ -39,19 +32,10 @@ from .context import (
     seeds_of,
 )
 from .lossy import pack, unpack
+from .rotation import Rotation, Statistics
 
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionShape:
-    """What kind of attention a layer has; the fields are those of `hotloop_core.ModelFacts`."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    interleaved: bool = False
+if TYPE_CHECKING:
+    from .attend import Attend
 
 
 class AttentionBlock:
@@ -67,39 +51,44 @@ class AttentionBlock:
     def __init__(
         self,
         context: BlockContext,
-        shape: AttentionShape,
+        attend: Attend,
         *,
         norm: NormView | None,
         qkv: LinearGroup,
         o: LinearGroup,
         cos_PR: Tensor,
         sin_PR: Tensor,
-        sequences: Sequences,
+        interleaved: bool = False,
         q_norm: NormView | None = None,
         k_norm: NormView | None = None,
+        norm_over: Literal["head", "all"] = "head",
         v_bias: Tensor | None = None,
         after: NormView | None = None,
-        backend: str | None = None,
-        deterministic: bool = False,
         nf4_kv: bool = False,
     ) -> None:
-        self.context, self.shape = context, shape
+        self.context, self.attend, self.shape = context, attend, attend.shape
         self.qkv, self.o = qkv, o
         self.norm_views = [view for view in (norm, q_norm, k_norm, after) if view is not None]
         self.input = NormedInput(Norm(norm, context) if norm else None, self.qkv, context)
         self.output = ResidualOutput(
             self.o, Norm(after, context) if after else None, context, "attention_out"
         )
-        self.q_norm, self.k_norm = q_norm, k_norm
-        self.cos, self.sin = cos_PR.to(context.dtype), sin_PR.to(context.dtype)
-        self.sequences = sequences
-        self.backend, self.deterministic = backend, deterministic
+        self.rotation = Rotation(
+            context,
+            cos_PR,
+            sin_PR,
+            interleaved=interleaved,
+            q_norm=q_norm,
+            k_norm=k_norm,
+            over=norm_over,
+        )
         self.nf4_kv = nf4_kv
-        self.rope = context.op("rope")
         self.v_bias = v_bias
         self.centre = None
         if v_bias is not None:
-            self.centre = v_bias.detach().to(context.dtype).view(shape.kv_heads, shape.head_dim)
+            self.centre = (
+                v_bias.detach().to(context.dtype).view(self.shape.kv_heads, self.shape.head_dim)
+            )
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that autograd may ask a gradient for."""
@@ -169,16 +158,13 @@ class AttentionBlock:
         saved["_statistics_x"], saved["_t_qkv"] = join(statistics), join(ts)
         if keep_weights:
             saved["_e_qkv"] = e
-        if self.q_norm is None and self.k_norm is None:
-            q, k, _ = self._split(qkv)
-            self.rope.forward(
-                q, k, self.cos, self.sin, interleaved=self.shape.interleaved, out_q=q, out_k=k
-            )
+        if not self.rotation.norms:
+            self.rotation.turn_(*self._split(qkv)[:2])
         saved["qkv"] = qkv
 
     def _attend(self, saved: Saved) -> Tensor:
-        q, k, v = self._rotated(saved["qkv"])
-        o_THK, lse = self._backend(q, k).forward(q, k, v, self.sequences, **self._options())
+        q, k, v, _ = self._rotated(saved["qkv"])
+        o_THK, lse = self.attend.forward(q, k, v)
         saved["attention"] = (o_THK, lse)
         return self._output(o_THK)
 
@@ -243,41 +229,22 @@ class AttentionBlock:
     def _attend_backward(self, do_TN: Tensor, saved: Saved, sink: GradientSink) -> Tensor:
         """The gradient of the projections' outputs, in the group's wide layout."""
         qkv, (o_THK, lse) = saved.pop("qkv"), saved.pop("attention")
-        q, k, v = self._rotated(qkv)
+        q, k, v, statistics = self._rotated(qkv)
         if self.nf4_kv:
             # Probabilities and outputs of the rounded keys and values: against the exact ones rows of probabilities
             # would not sum to one, and the gradients of q and k, which are differences, would be mostly that error.
-            o_THK, lse = self._backend(q, k).forward(q, k, v, self.sequences, **self._options())
-        dq, dk, dv = self._backend(q, k).backward(
-            do_TN.view(o_THK.shape), q, k, v, o_THK, lse, self.sequences, **self._options()
-        )
+            o_THK, lse = self.attend.forward(q, k, v)
+        dq, dk, dv = self.attend.backward(do_TN.view(o_THK.shape), q, k, v, (o_THK, lse))
         del do_TN, o_THK, lse, q, k, v
         # Backends write their gradients where they like; the rotation moves them to where the GEMM wants them, which
         # is over the projections themselves, unless its norms still need these.
-        options = self._head_norms()
-        wide = self.qkv.wide(qkv.shape[0], backward=True) if options else qkv
+        wide = self.qkv.wide(qkv.shape[0], backward=True) if self.rotation.norms else qkv
         wide_q, wide_k, wide_v = self._split(wide)
         wide_v.copy_(dv)
         if self.v_bias is not None and self.v_bias.requires_grad:
             add_gradient(sink, self.v_bias, wide_v.sum(0, dtype=torch.float32).flatten())
         raw_q, raw_k, _ = self._split(qkv)
-        trains = any(_trains(view) for view in (self.q_norm, self.k_norm))
-        _, _, dwq, dwk = self.rope.backward(
-            dq,
-            dk,
-            self.cos,
-            self.sin,
-            interleaved=self.shape.interleaved,
-            q_THK=raw_q if options else None,
-            k_TGK=raw_k if options else None,
-            need_dw=trains,
-            out_q=wide_q,
-            out_k=wide_k,
-            **options,
-        )
-        for view, gradient in ((self.q_norm, dwq), (self.k_norm, dwk)):
-            if view is not None and view.weight is not None and gradient is not None:
-                add_gradient(sink, view.weight, gradient)
+        self.rotation.backward(dq, dk, raw_q, raw_k, statistics, sink, out_q=wide_q, out_k=wide_k)
         return wide
 
     def _project_backward(
@@ -315,23 +282,13 @@ class AttentionBlock:
                 return dx
         return out
 
-    def _rotated(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v as attention takes them; with q/k norms from the raw projections, into memory of their own."""
+    def _rotated(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Statistics]:
+        """q, k, v as attention takes them, with q/k norms made from the raw projections; their statistics."""
         q, k, v = self._split(qkv)
-        options = self._head_norms()
-        if options:
-            q, k = self.rope.forward(
-                q, k, self.cos, self.sin, interleaved=self.shape.interleaved, **options
-            )
-        return q, k, v
-
-    def _head_norms(self) -> dict[str, HeadNorm]:
-        views = {"q_norm": self.q_norm, "k_norm": self.k_norm}
-        return {
-            name: HeadNorm(w_K=view.weight, eps=view.eps, offset=view.offset)
-            for name, view in views.items()
-            if view is not None
-        }
+        if not self.rotation.norms:
+            return q, k, v, (None, None)
+        q, k, statistics = self.rotation.forward(q, k)
+        return q, k, v, statistics
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views [T, heads, K] of q, k and v inside the wide buffer."""
@@ -344,27 +301,3 @@ class AttentionBlock:
         """Columns of q, k and v."""
         shape = self.shape
         return [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
-
-    def _backend(self, q: Tensor, k: Tensor):
-        asked = request(
-            q,
-            k,
-            self.sequences,
-            window=self.shape.window,
-            softcap=self.shape.softcap,
-            deterministic=self.deterministic,
-        )
-        return choose(asked, q.device, self.backend)
-
-    def _options(self) -> dict[str, Any]:
-        shape = self.shape
-        return {
-            "scale": shape.scale,
-            "window": shape.window,
-            "softcap": shape.softcap,
-            "deterministic": self.deterministic,
-        }
-
-
-def _trains(view: NormView | None) -> bool:
-    return view is not None and view.weight is not None and view.weight.requires_grad

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hotloop_core import (
     Attention,
+    CustomBlock,
     FamilySpec,
     Glu,
     LatentAttention,
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 _ROLES: dict[type, tuple[str, ...]] = {
     Norms: ("before_attention", "before_mlp", "after_attention", "after_mlp"),
-    Attention: ("q", "k", "v", "o", "q_norm", "k_norm"),
-    Glu: ("gate", "up", "down"),
+    Attention: ("q", "k", "v", "qkv", "o", "q_norm", "k_norm"),
+    Glu: ("gate", "up", "gate_up", "down"),
     LatentAttention: ("q", "q_down", "q_up", "q_norm", "kv_down", "kv_up", "kv_norm", "o"),
     MixtureOfExperts: ("router", "experts_gate_up", "experts_down"),
 }
@@ -68,6 +69,8 @@ def _paths(layer: LayerSpec) -> Iterator[tuple[str, str]]:
 
 
 def _fields(part: object) -> Iterator[tuple[str, str]]:
+    if isinstance(part, CustomBlock):
+        yield from ((path, role) for role, path in part.projections.items())
     for role in _ROLES.get(type(part), ()):
         path: str | None = getattr(part, role)
         if path is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
-from hotloop_core import Attention, FamilySpec, Glu, Plan
+from hotloop_core import Attention, CustomBlock, FamilySpec, Glu, Plan
 from hotloop_core.errors import PlanError, UnsupportedError, UnwireError
 from hotloop_core.plan import amount
 from hotloop_engine.stores import HostBuffer, StreamedWeights
@@ -19,8 +19,6 @@ from .weights import over, parts, require_frozen
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,13 +234,13 @@ class Homes:
 
     def _projections(self, layer: int) -> list[tuple[str, nn.Module]]:
         spec = self._spec.layer_spec(self._model.config.to_dict(), layer)
-        if not isinstance(spec.attention, Attention) or not isinstance(spec.mlp, Glu):
-            raise UnsupportedError(
-                f"{self._spec.layers}.{layer}: dense layers stream; this one has {type(spec.attention).__name__} and "
-                f"{type(spec.mlp).__name__}. Plan with its weights resident."
-            )
-        found = {**vars(spec.attention), **vars(spec.mlp)}
-        paths = [f"{self._spec.layers}.{layer}.{found[role]}" for role in PROJECTIONS]
+        for part in (spec.attention, spec.mlp):
+            if not isinstance(part, Attention | Glu | CustomBlock):
+                raise UnsupportedError(
+                    f"{self._spec.layers}.{layer}: dense layers stream; this one has {type(part).__name__}. Plan with "
+                    "its weights resident."
+                )
+        paths = [f"{self._spec.layers}.{layer}.{path}" for path in spec.projections.values()]
         return [(path, self._model.get_submodule(path)) for path in dict.fromkeys(paths)]
 
     def _ends(self) -> tuple[Any, Any, bool]:

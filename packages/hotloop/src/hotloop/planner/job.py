@@ -40,9 +40,6 @@ LOSS_TILE = 576 * 2**20
 PITCH = 64
 """Adapter columns in the GEMMs' buffers are padded to this many elements."""
 
-GROUPS: tuple[tuple[str, ...], ...] = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-"""Projections that share their input run as one GEMM."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
@@ -106,7 +103,7 @@ class Job:
         """Tensor name -> bytes of it on the device, one layer, all tokens. What a group of projections
         makes lies in a buffer with the adapters' columns beside it.
         """
-        beside = {"qkv": self.groups["q", "k", "v"].c, "gate_up": self.groups["gate", "up"].c}
+        beside = {name: group.c for name, group in self.groups.items()}
         return {
             s.name: self.tokens
             * ((s.elements + beside.get(s.name, 0)) * self.width + s.extra_bytes)
@@ -128,35 +125,44 @@ class Job:
         """
         made = {name for name, where in place.items() if where is Placement.RECOMPUTE}
         post = self.facts.post_norms
-        # role -> whether its input to the second GEMM is made again; down's output is not, as a rule.
-        again = {"q": "qkv" in made, "gate": "gate_up" in made}
-        again |= {"k": again["q"], "v": again["q"], "up": again["gate"]}
+        # group -> whether its input to the second GEMM is made again; down's output is not, as a rule. A family's own
+        # block makes all of it again, and counts it itself.
+        again = {name: name in made for name in ("qkv", "gate_up")}
         again |= {"o": ("attention_out" if post else "x_mid") in made, "down": "mlp_out" in made}
-        norms = 2 - again["q"] - again["gate"] + post * (2 - again["o"] - again["down"])
-        ranks = sum(rank for role, rank in self.ranks.items() if not again[role])
+        norms = 2 - again["qkv"] - again["gate_up"] + post * (2 - again["o"] - again["down"])
+        own = {role for block in self.facts.own.values() for role in block.projections}
+        ranks = sum(self.rank(name) for name in self.groups.keys() - own if not again[name])
         return self.tokens * (4 * norms + ranks * self.width)
 
     @cached_property
-    def groups(self) -> dict[tuple[str, ...], Group]:
-        """The four wide GEMMs of a layer."""
+    def groups(self) -> dict[str, Group]:
+        """The four wide GEMMs of a layer: projections that share their input run as one."""
         shapes = self.facts.linear_shapes()
         return {
-            roles: Group(
+            name: Group(
                 n=sum(shapes[role][0] for role in roles),
                 k=shapes[roles[0]][1],
-                c=-(-sum(self.ranks.get(role, 0) for role in roles) // PITCH) * PITCH,
+                c=-(-self.rank(name) // PITCH) * PITCH,
             )
-            for roles in GROUPS
+            for name, roles in self.facts.groups.items()
         }
+
+    def rank(self, group: str) -> int:
+        """Ranks of the adapters on a group's projections, together."""
+        return sum(self.ranks.get(role, 0) for role in self.facts.groups[group])
 
     @property
     def copies_weights(self) -> bool:
         """Whether a GEMM reads a copy of its weights: dequantised, or with the adapters beside them."""
         return self.bits == 4 or bool(self.ranks)
 
-    def extended(self, *roles: str) -> int:
+    def extended(self, group: str) -> int:
         """Bytes of the buffer that a group of projections is copied to; 0 where it is used in place."""
-        return self.groups[roles].extended * self.width * self.copies_weights
+        return self.groups[group].extended * self.width * self.copies_weights
+
+    def extended_own(self, part: str) -> int:
+        """Bytes of the largest such buffer of a family's own block, which runs its projections one by one."""
+        return max(self.extended(role) for role in self.facts.own[part].projections)
 
     @cached_property
     def layer_weights(self) -> int:

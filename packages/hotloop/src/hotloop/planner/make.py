@@ -47,7 +47,7 @@ def plan(
         tokens: in one forward and backward on this device.
         longest: the longest sequence among them; default all of them, at most what the model can
             position.
-        lora: rank on all seven projections, or role ("q", "k", "v", "o", "gate", "up", "down") ->
+        lora: rank on every projection, or role ("q", "k", "v", "o", "gate", "up", "down"; fused "qkv", "gate_up") ->
             rank.
         vram: "24GiB", "24GB" or bytes. Default: what is free on the card, or all of a card that is
             named; no budget where there is no card.

@@ -80,10 +80,9 @@ def layer_times(job: Job, card: Card, tile: int | None) -> LayerTimes:
     f, t, b = job.facts, job.tokens, job.width
     gemm, copy = card.gemm_tflops * 1e9, card.copy_gbs * 1e6
     link = LINK_SHARE * card.link_gbs * 1e6
-    groups = {"_".join(roles): g for roles, g in job.groups.items()}
-    columns = {name: 2 * t * g.extended / gemm for name, g in groups.items()}
-    inputs = sum(g.k for g in groups.values() if g.c)
-    outputs = sum(g.n for g in groups.values() if g.c)
+    columns = {name: 2 * t * g.extended / gemm for name, g in job.groups.items()}
+    inputs = sum(g.k for g in job.groups.values() if g.c)
+    outputs = sum(g.n for g in job.groups.values() if g.c)
     rate = card.attention_rate(job.longest)
     attend = attention_flops(job) / 1e9
     moved = t * b * (4 * f.hidden_size + 2 * (job.queries + job.keys) + 3 * f.intermediate_size)
@@ -104,14 +103,20 @@ def layer_times(job: Job, card: Card, tile: int | None) -> LayerTimes:
         "adapters' thin GEMMs": t * b * (inputs + outputs) / copy,
         "copies of weights": copied,
     }
-    again = {
-        "qkv": columns["q_k_v"] + 2 * t * b * (job.queries + 2 * job.keys) / copy,
-        "attention": forward["attention"],
-        "attention_out": columns["o"],
-        "x_mid": 2 * job.stream / copy if f.post_norms else columns["o"],
-        "gate_up": columns["gate_up"] + 2 * job.stream / copy,
-        "mlp_out": columns["down"] + 3 * t * b * f.intermediate_size / copy,
-    }
+    again: dict[str, float] = {}
+    if "attention" in f.own:
+        o = again["own_attention"] = _own(job, "attention", columns) + forward["attention"]
+    else:
+        o = columns["o"]
+        again["qkv"] = columns["qkv"] + 2 * t * b * (job.queries + 2 * job.keys) / copy
+        again["attention"] = forward["attention"]
+    if "mlp" in f.own:
+        down = again["own_mlp"] = _own(job, "mlp", columns) + 2 * job.stream / copy
+    else:
+        down = columns["down"] + 3 * t * b * f.intermediate_size / copy
+        again["gate_up"] = columns["gate_up"] + 2 * job.stream / copy
+    again["attention_out"], again["mlp_out"] = o, down
+    again["x_mid"] = 2 * job.stream / copy if f.post_norms else o
     products = 3 if job.full else 2
     trained = f.layers * (9 if job.full else 2 * len(job.ranks))
     return LayerTimes(
@@ -129,6 +134,11 @@ def layer_times(job: Job, card: Card, tile: int | None) -> LayerTimes:
         head=job.embedding / link,
         embedding=job.stream * (1 / link + 1 / (GATHER_GBS * 1e6)),
     )
+
+
+def _own(job: Job, part: str, columns: Mapping[str, float]) -> float:
+    """Milliseconds of the GEMMs of a family's own block."""
+    return sum(columns[role] for role in job.facts.own[part].projections)
 
 
 def attention_flops(job: Job) -> float:

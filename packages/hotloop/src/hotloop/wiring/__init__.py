@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hotloop_core import (
     Attention,
+    CustomBlock,
     FamilySpec,
     Glu,
     LayerSpec,
@@ -26,6 +27,7 @@ from .layer import LayerState, Shared, check_modules, module_paths
 from .norm import NormState
 from .receipt import Receipt, Swap
 from .root import RootState
+from .targets import load_target
 from .views import EXCEPTIONS, Refusal, linear_view, refuse
 
 if TYPE_CHECKING:
@@ -120,19 +122,12 @@ _registered_ops: set[tuple[str, str]] = set()
 def _register_ops(registry: Registry) -> None:
     """Makes plugins' op implementations known to the engine; each once per process."""
     from functools import partial
-    from importlib import import_module
-    from operator import attrgetter
 
     from hotloop_engine.ops._select import register
 
-    def load(target: str) -> object:
-        module, _, attribute = target.partition(":")
-        found = import_module(module)
-        return attrgetter(attribute)(found) if attribute else found
-
     for op in registry.ops:
         if (op.op, op.name) not in _registered_ops:
-            register(op.op, op.name, partial(load, op.target), op.devices)
+            register(op.op, op.name, partial(load_target, op.target), op.devices)
             _registered_ops.add((op.op, op.name))
 
 
@@ -183,10 +178,17 @@ def check_layer(path: str, layer: nn.Module, spec: LayerSpec) -> None:
     Raises:
         WireError, UnsupportedError: what is missing, left over or not supported, by path.
     """
-    if not isinstance(spec.attention, Attention) or not isinstance(spec.mlp, Glu):
+    attention, mlp = spec.attention, spec.mlp
+    if not (isinstance(attention, Attention | CustomBlock) and isinstance(mlp, Glu | CustomBlock)):
         raise UnsupportedError(
-            f"{path}: {type(spec.attention).__name__} with {type(spec.mlp).__name__}; the engine has blocks for "
-            "Attention with Glu. Train this model without wiring it."
+            f"{path}: {type(attention).__name__} with {type(mlp).__name__}; the engine has blocks for Attention and "
+            "Glu, and takes a family's own as CustomBlock. Train this model without wiring it."
+        )
+    q_k = isinstance(attention, Attention) and (attention.q_norm or attention.k_norm)
+    if spec.norms.kind == "layer" and q_k:
+        raise UnsupportedError(
+            f"{path}: norms over q and k that are layer norms; the engine has RMS norms there. Train this model "
+            "without wiring it."
         )
     paths = module_paths(spec)
     doubled = {p for p in paths.values() if list(paths.values()).count(p) > 1}
@@ -213,9 +215,8 @@ def _check_modules(path: str, layer: nn.Module, spec: LayerSpec, shared: Shared)
     if "forward" in layer.__dict__ or "_hf_hook" in layer.__dict__:
         raise Refusal("offload", f"{path}: accelerate hooks the layer's forward")
     check_modules(layer)
-    for role, name in module_paths(spec).items():
-        if role in {"q", "k", "v", "o", "gate", "up", "down"}:
-            linear_view(layer.get_submodule(name))
+    for name in spec.projections.values():
+        linear_view(layer.get_submodule(name))
 
 
 def _swap(

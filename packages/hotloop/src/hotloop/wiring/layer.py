@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hotloop_core import Attention, Glu, LayerSpec, ModelFacts, Plan
+from hotloop_core import Attention, CustomBlock, LayerSpec, ModelFacts, Plan
 from hotloop_engine.attention import Sequences
-from hotloop_engine.blocks import (
-    AttentionBlock,
-    AttentionShape,
-    BlockContext,
-    MlpBlock,
-    NormView,
-    Surroundings,
-    run_blocks,
-)
-from hotloop_engine.ops.lora_linear import LinearGroup, LinearView
+from hotloop_engine.blocks import Surroundings, run_blocks
 from torch import Tensor, nn
 
+from .build import Builder
 from .classes import STATE, role
 from .masks import LazyMask
-from .views import FourBitCache, Refusal, linear_view, norm_view, refuse
+from .views import FourBitCache, Refusal, refuse
 from .waiting import Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from hotloop_engine.ops.lora_linear import LinearGroup
 
     from hotloop.homes import Homes
 
@@ -130,24 +124,23 @@ class LayerState:
 
 
 def module_paths(spec: LayerSpec) -> dict[str, str]:
-    """Role -> path within the layer, for every module with parameters that the description claims."""
-    attention, mlp, norms = spec.attention, spec.mlp, spec.norms
-    assert isinstance(attention, Attention) and isinstance(mlp, Glu)
+    """Role -> path within the layer, for every module with parameters that the description claims.
+
+    The other modules of a family's own block have no role; they go by their path.
+    """
+    norms = spec.norms
     paths = {
         "before_attention": norms.before_attention,
-        "q": attention.q,
-        "k": attention.k,
-        "v": attention.v,
-        "q_norm": attention.q_norm,
-        "k_norm": attention.k_norm,
-        "o": attention.o,
         "after_attention": norms.after_attention,
         "before_mlp": norms.before_mlp,
-        "gate": mlp.gate,
-        "up": mlp.up,
-        "down": mlp.down,
         "after_mlp": norms.after_mlp,
+        **spec.projections,
     }
+    for part in (spec.attention, spec.mlp):
+        if isinstance(part, Attention):
+            paths |= {"q_norm": part.q_norm, "k_norm": part.k_norm}
+        elif isinstance(part, CustomBlock):
+            paths |= {path: path for path in part.parameters}
     return {role: path for role, path in paths.items() if path is not None}
 
 
@@ -171,7 +164,8 @@ def forward(
         fetch(False)  # before the weights are read, so that the next layer's set out at once
     waiting.start_head(state.index)
     try:
-        blocks = build_blocks(layer, state, hidden_states, kwargs)
+        modules = _check_call(layer, state, kwargs).modules
+        blocks = Builder(state, modules, hidden_states, kwargs).blocks()
     except Refusal as refusal:
         if refusal.name not in state.shared.allow_eager:
             raise refuse(state.path, refusal) from None
@@ -210,84 +204,6 @@ def _names(
 ) -> dict[str, Any]:
     bound = inspect.signature(own_forward).bind(hidden, *args)
     return dict(list(bound.arguments.items())[1:])
-
-
-def build_blocks(
-    layer: nn.Module, state: LayerState, hidden: Tensor, kwargs: Mapping[str, Any]
-) -> tuple[AttentionBlock, MlpBlock]:
-    """The two blocks of this call.
-
-    Raises:
-        Refusal: the layer, or this call, has something that the blocks do not do.
-    """
-    shared, spec, facts = state.shared, state.spec, state.shared.facts
-    modules = _check_call(layer, state, kwargs).modules
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-    context = BlockContext(
-        dtype=dtype,
-        device=hidden.device,
-        ops={**spec.ops, **shared.ops},
-        residual_scale=facts.residual_scale,
-        tile=shared.plan.tile,
-    )
-
-    def norm(role: str) -> NormView | None:
-        module = modules.get(role)
-        return None if module is None else norm_view(module, spec.norms, facts.norm_eps)
-
-    def view(role: str) -> LinearView:
-        return linear_view(modules[role], state.four_bit)
-
-    def group(name: str, *views: LinearView) -> LinearGroup:
-        key = (dtype, hidden.device, *(part for view in views for part in view.identity()))
-        known = state.groups.get(name)
-        if known is None or known[0] != key:  # the group holds the views, so no identity is reused
-            known = state.groups[name] = (key, LinearGroup(views, dtype, hidden.device))
-        return known[1]
-
-    cos, sin = (t.reshape(-1, t.shape[-1]) for t in kwargs["position_embeddings"])
-    v = view("v")
-    attention, mlp = spec.attention, spec.mlp
-    assert isinstance(attention, Attention) and isinstance(mlp, Glu)
-    if not attention.rotary:  # two dimensions turned by nothing: every bit stays
-        cos, sin = cos.new_ones(1, 2), sin.new_zeros(1, 2)
-    return (
-        AttentionBlock(
-            context,
-            AttentionShape(
-                heads=facts.heads,
-                kv_heads=facts.kv_heads,
-                head_dim=facts.head_dim,
-                scale=facts.attention_scale,
-                window=facts.windows[state.index],
-                softcap=facts.attention_softcap,
-                interleaved=attention.interleaved,
-            ),
-            norm=norm("before_attention"),
-            qkv=group("qkv", view("q"), view("k"), replace(v, bias=None)),
-            o=group("o", view("o")),
-            cos_PR=cos,
-            sin_PR=sin,
-            sequences=shared.sequences(hidden, kwargs),
-            q_norm=norm("q_norm"),
-            k_norm=norm("k_norm"),
-            v_bias=v.bias,
-            after=norm("after_attention"),
-            backend=shared.backend,
-            deterministic=shared.deterministic,
-            nf4_kv=shared.plan.layers[state.index].nf4_kv,
-        ),
-        MlpBlock(
-            context,
-            activation=facts.activation,
-            norm=norm("before_mlp"),
-            gate_up=group("gate_up", view("gate"), view("up")),
-            down=group("down", view("down")),
-            after=norm("after_mlp"),
-        ),
-    )
 
 
 _CAPTURE = "transformers.utils.output_capturing"  # sees outputs that a wired layer leaves to the model's own path

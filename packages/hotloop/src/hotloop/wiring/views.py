@@ -79,10 +79,8 @@ def linear_view(module: nn.Module, cache: FourBitCache | None = None) -> LinearV
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
 
-    if isinstance(module, ModulesToSaveWrapper):
-        module = saved_module(module)
+    module = active_module(module)
     cache = FourBitCache() if cache is None else cache
     if not isinstance(module, BaseTunerLayer):
         return LinearView(weight=_weight(module, cache), bias=module.bias)  # type: ignore[arg-type]
@@ -91,6 +89,13 @@ def linear_view(module: nn.Module, cache: FourBitCache | None = None) -> LinearV
     base = module.get_base_layer()
     lora = _active_lora(module)
     return LinearView(weight=_weight(base, cache), bias=base.bias, lora=lora)  # type: ignore[arg-type]
+
+
+def active_module(module: nn.Module) -> nn.Module:
+    """The module itself, or the one that runs where PEFT trains a copy (`modules_to_save`)."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return saved_module(module) if isinstance(module, ModulesToSaveWrapper) else module
 
 
 def saved_module(wrapper: Any) -> nn.Module:
@@ -144,10 +149,7 @@ def _weight(module: nn.Module, cache: FourBitCache) -> Tensor | FourBitWeight:
 
 def norm_view(module: nn.Module, norms: Norms, eps: float) -> NormView:
     """What a norm is right now."""
-    from peft.utils import ModulesToSaveWrapper
-
-    if isinstance(module, ModulesToSaveWrapper):
-        module = saved_module(module)
+    module = active_module(module)
     return NormView(
         weight=getattr(module, "weight", None),
         bias=getattr(module, "bias", None),
