@@ -74,6 +74,44 @@ def test_the_curve_is_eagers_on_a_cpu_and_can_be_drawn(
     assert "loss, frameworks" in capsys.readouterr().out
 
 
+YARDSTICK = """
+import json, pathlib, sys
+MODELS = {"small": ("llama", {})}
+def make(name, path):
+    pathlib.Path(path).mkdir()
+    (pathlib.Path(path) / "config.json").write_text(json.dumps(MODELS[name]))
+if __name__ == "__main__":
+    framework, path = sys.argv[2:4]
+    print(json.dumps({"framework": framework, "load_s": 1.0}))
+    if framework == "broken":
+        sys.exit("no such kernel")
+    print("a warning")
+    print(json.dumps({"framework": framework, "bits": 4, "ckpt": "--no-ckpt" not in sys.argv, "batch": 2, "seq": 8}))
+"""
+
+
+def test_a_contest_leaves_complete_rows_and_says_who_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    contest = module("contest", monkeypatch)
+    (tmp_path / "step.py").write_text(YARDSTICK)
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--run", "r", "--commit", "c", "--models", "small,qwen3-8b", "--modes", "keep"]
+    arguments += ["--frameworks", "hotloop,broken", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["contest", str(tmp_path / "step.py"), *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        contest.main()
+    assert stopped.value.code == 1
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["model"], row["framework"]) for row in rows] == [
+        ("small", "hotloop"), ("small", "broken"), ("qwen3-8b", "hotloop"), ("qwen3-8b", "broken"),
+    ]  # fmt: skip
+    assert all({"run", "date", "commit", "card", "versions"} <= row.keys() for row in rows)
+    assert rows[0]["ckpt"] is False and rows[0]["load_s"] == 1.0
+    assert "no such kernel" in rows[1]["error"]
+    assert "framework='broken'" in capsys.readouterr().err
+
+
 def test_the_page_of_results_is_made_of_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
     results = module("results", monkeypatch)
     assert results.PAGE.read_text() == results.page(), "run `python benchmarks/results.py --page`"
