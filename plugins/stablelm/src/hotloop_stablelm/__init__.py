@@ -6,6 +6,7 @@ from hotloop_core import (
     API,
     Attention,
     ConfigKeys,
+    ExportFacts,
     FamilySpec,
     Glu,
     LayerSpec,
@@ -39,7 +40,22 @@ STABLELM = FamilySpec(
             "qk_layernorm": "each head of q and k has a LayerNorm of its own (StableLM 2 12B)",
             "hidden_dropout": "the MLP's output is dropped out",
         },
+        defaults={"partial_rotary_factor": 0.25},
     ),
+    exports={
+        "gguf": ExportFacts(
+            architecture="stablelm",
+            metadata={
+                "attention.layer_norm_epsilon": "norm_eps",
+                "rope.dimension_count": "rotary_dim",
+            },
+            implied={
+                "activation": lambda _: "silu",
+                "head_dim": lambda model: model.hidden_size // model.heads,
+                "tied": lambda _: False,
+            },
+        )
+    },
     examples=("StableLM 3B 4E1T", "StableLM Zephyr 3B", "Stable Code 3B", "StableLM 2 1.6B"),
 )
 

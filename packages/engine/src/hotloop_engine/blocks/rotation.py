@@ -39,7 +39,8 @@ class Rotation:
     ) -> None:
         self.q_norm, self.k_norm, self.over = q_norm, k_norm, over
         self._rope, self._norm = context.op("rope"), context.op("rms_norm")
-        self._tables = cos_PR.to(context.dtype), sin_PR.to(context.dtype)
+        # In the model's own dtype: those of OLMo, and of any model under autocast, are not rounded to 16 bits.
+        self._tables = cos_PR, sin_PR
         self._interleaved = interleaved
 
     @property
@@ -79,14 +80,20 @@ class Rotation:
     ) -> None:
         """Writes the gradients of forward's inputs; adds those of the norms' weights to `sink`.
 
-        q, k: forward's inputs, not read where there are no norms. The outputs may lie over them then.
+        q, k: forward's inputs, not read where there are no norms. The outputs may lie over them then. dq and dk are
+        written over where the norms go over all heads.
         """
         if self.norms and self.over == "all":
-            dq, dk = self._rope.backward(
-                dq_THK, dk_TGK, *self._tables, interleaved=self._interleaved
-            )[:2]
-            self._over_all_backward(dq, q_THK, self.q_norm, statistics[0], sink, out_q)
-            self._over_all_backward(dk, k_TGK, self.k_norm, statistics[1], sink, out_k)
+            self._rope.backward(
+                dq_THK,
+                dk_TGK,
+                *self._tables,
+                interleaved=self._interleaved,
+                out_q=dq_THK,
+                out_k=dk_TGK,
+            )
+            self._over_all_backward(dq_THK, q_THK, self.q_norm, statistics[0], sink, out_q)
+            self._over_all_backward(dk_TGK, k_TGK, self.k_norm, statistics[1], sink, out_k)
             return
         _, _, dwq, dwk = self._rope.backward(
             dq_THK,

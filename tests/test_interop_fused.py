@@ -1,0 +1,179 @@
+"""GGUF files of fused projections, norms over all heads and partial rotation, run by llama.cpp itself."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hotloop.exporting import export
+from hotloop.exporting.check import LlamaCpp
+from hotloop.loading import load
+from hotloop_gguf.mixes import MIXES
+from hotloop_testkit.numerics import relative_error
+from hotloop_testkit.tiny import tokenizer as byte_tokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4Config,
+    GlmConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    StableLmConfig,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="needs the interop group: llama-cpp-python")
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.15,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+PROMPT = list(range(3, 60)) * 2
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 5.0],
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LOCAL = {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return byte_tokenizer(SIZES["vocab_size"])
+
+
+def tiny(config: type[Any], **changes: Any) -> Any:
+    torch.manual_seed(1)
+    made = config(**{**SIZES, **changes})
+    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.3)
+    return model
+
+
+def hf_logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([PROMPT])).logits[0].float()
+
+
+def llama_cpp_logits(path: Path, base: Path | None = None) -> torch.Tensor:
+    with LlamaCpp(path, base=base) as llama:
+        return llama.logits(PROMPT)
+
+
+@pytest.mark.parametrize(
+    "config, changes",
+    [
+        pytest.param(Phi3Config, {}, id="phi3"),
+        pytest.param(
+            Phi3Config,
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 512}
+            | {"tie_word_embeddings": True},
+            id="phi4-mini-within-its-original-length",
+        ),
+        pytest.param(
+            Phi3Config,
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64},
+            id="phi4-mini-beyond-its-original-length",
+        ),
+        pytest.param(GlmConfig, {"head_dim": 16}, id="glm"),
+        pytest.param(GlmConfig, {"head_dim": 16, "tie_word_embeddings": True}, id="glm-tied"),
+        pytest.param(Glm4Config, {"head_dim": 32}, id="glm4"),
+        pytest.param(
+            Glm4Config, {"head_dim": 32, "attention_bias": False}, id="glm4-without-biases"
+        ),
+        pytest.param(Olmo2Config, {}, id="olmo2"),
+        pytest.param(Olmo3Config, {"sliding_window": 7}, id="olmo3"),
+        pytest.param(
+            Olmo3Config,
+            {
+                "sliding_window": 7,
+                "rope_parameters": {"full_attention": YARN, "sliding_attention": LOCAL},
+            },
+            id="olmo3-scaled",
+        ),
+        pytest.param(StableLmConfig, {"num_key_value_heads": 4}, id="stablelm"),
+        pytest.param(StableLmConfig, {"use_qkv_bias": True}, id="stablelm2"),
+    ],
+)
+def test_f32_file_computes_what_transformers_computes(
+    config: type[Any], changes: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tiny(config, **changes)
+    report = export(model, tokenizer, tmp_path, format="gguf", quant="f32", name="tiny")
+    truth, found = hf_logits(model), llama_cpp_logits(report.files[0].path)
+    assert relative_error(found, truth) < 1e-5
+    again, _ = load(
+        report.files[0].path, bits=16, max_seq_len=64, wire=False, device="cpu", attn="eager"
+    )
+    assert relative_error(hf_logits(again), truth) < 1e-6
+    assert again.config.model_type == model.config.model_type
+
+
+@pytest.mark.parametrize("config", [Phi3Config, Glm4Config], ids=["phi3", "glm4"])
+def test_each_fused_tensor_has_the_type_that_llama_cpps_quantiser_gives_it(
+    config: type[Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    from gguf import GGUFReader
+
+    def types(path: Path) -> dict[str, str]:
+        return {t.name: t.tensor_type.name for t in GGUFReader(path).tensors}
+
+    wide = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 9}
+    model = tiny(config, **wide, head_dim=64, num_key_value_heads=1)
+    quants = [name for name in MIXES if name != "f32"]
+    report = export(model, tokenizer, tmp_path, format="gguf", quant=["f32", *quants], name="tiny")
+    for quant, file in zip(quants, report.files[1:], strict=True):
+        parameters = llama_cpp.llama_model_quantize_default_params()
+        parameters.ftype, parameters.nthread = MIXES[quant].number, 1
+        theirs = tmp_path / "theirs.gguf"
+        failed = llama_cpp.llama_model_quantize(
+            str(report.files[0].path).encode(), str(theirs).encode(), ctypes.byref(parameters)
+        )
+        assert not failed
+        assert types(file.path) == types(theirs), quant
+
+
+@pytest.mark.parametrize(
+    "config", [Phi3Config, GlmConfig, Olmo2Config], ids=["phi3", "glm", "olmo2"]
+)
+def test_an_adapter_s_file_gives_what_peft_computes(
+    config: type[Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    model = tiny(config, head_dim=16)
+    base = export(model, tokenizer, tmp_path, format="gguf", quant="f32", name="base")
+    before = hf_logits(model)
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
+    ).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    truth = hf_logits(adapted)
+    assert relative_error(before, truth) > 0.1
+    report = export(adapted, tokenizer, tmp_path, format="gguf", quant="adapter", name="tiny")
+    found = llama_cpp_logits(report.files[0].path, base=base.files[0].path)
+    assert relative_error(found, truth) < 1e-5
