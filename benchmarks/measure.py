@@ -4,7 +4,8 @@ Variants are timed in turn, round by round, on the same clocks, with inputs rota
 them still lies in the L2 cache. A script checks each op against truth before it times anything.
 
 Every script takes `--smoke`: tiny shapes on whatever device there is, which shows that it runs to its end. The times of
-such a run mean nothing, and its rows say `"smoke": true`.
+such a run mean nothing, and its rows say `"smoke": true`. And `--seconds`: it begins nothing new after that time, and
+says what it left out.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ Item = TypeVar("Item")
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 SMOKE = "--smoke" in sys.argv
+ROUND_SECONDS = 3.0
+"""Of device time for the timed calls of one set of variants; slow ones are called less often for it."""
+
+_began = perf_counter()
+_limit: list[float] = []
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -38,15 +44,26 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--smoke", action="store_true", help="tiny shapes, any device: does the script run?"
     )
+    parser.add_argument("--seconds", type=float, help="begin nothing new after so long")
     return parser
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """What was asked for; refuses to time anything on a CPU."""
     options = parser.parse_args()
+    if options.seconds is not None:
+        _limit.append(options.seconds)
     if DEVICE.type == "cpu" and not options.smoke:
         parser.error("found no CUDA device to time; --smoke only shows that the script runs.")
     return options
+
+
+def time_for(what: str) -> bool:
+    """Whether there is time to begin something; says what is left out where there is none."""
+    if not _limit or perf_counter() - _began < _limit[0]:
+        return True
+    print(f"# out of time ({_limit[0]:.0f} s), left out: {what}", flush=True)
+    return False
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,9 @@ def rotation(make: Callable[[], Item], bytes_each: int) -> list[Item]:
 def time_in_turn(
     variants: Mapping[str, Callable[[int], object]], *, warmup: int = 4, repeats: int = 24
 ) -> dict[str, Timing]:
-    """Times each variant `repeats` times by CUDA events, one call of each per round.
+    """Times each variant up to `repeats` times by CUDA events, one call of each per round.
+
+    At least five rounds, and more while they fit into `ROUND_SECONDS`.
 
     A variant is called with the number of the call, by which it picks its inputs from a `rotation`.
     The device sleeps while a round is queued, so that launching costs nothing that is measured; how
@@ -88,6 +107,9 @@ def time_in_turn(
         for position, work in enumerate(variants.values()):
             work(number * len(variants) + position)
         host_seconds = perf_counter() - begin
+        torch.cuda.synchronize()
+        round_seconds = perf_counter() - begin
+    repeats = max(min(5, repeats), min(repeats, int(ROUND_SECONDS / round_seconds)))
     sleep_cycles = int(2e9 * min(1.5 * host_seconds, 0.05))  # at most about 2 GHz
     marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in variants}
     for number in range(repeats):

@@ -28,7 +28,7 @@ from hotloop_engine.ops.glu import glu
 from hotloop_engine.ops.rms_norm import rms_norm
 from hotloop_engine.ops.rope import rope
 from hotloop_testkit.numerics import assert_no_worse_than
-from measure import DEVICE, SMOKE, arguments, parsed, rotation, time_in_turn, write_row
+from measure import DEVICE, SMOKE, arguments, parsed, rotation, time_for, time_in_turn, write_row
 from torch import Tensor
 
 DTYPE = torch.bfloat16
@@ -330,6 +330,8 @@ def main() -> None:
     for name in options.models:
         torch._dynamo.reset()  # its cache is per function, and would fill up over three models
         for cases in (norm_cases, rope_cases, glu_cases):
+            if not time_for(f"{cases.__name__} of {name}"):
+                continue
             for case in cases(models[name], tokens, options):
                 for variant, timing in time_in_turn(case.variants).items():
                     write_row(

@@ -31,6 +31,7 @@ from measure import (
     gemm_tflop_s,
     parsed,
     peak_bytes,
+    time_for,
     time_in_turn,
     write_row,
 )
@@ -247,6 +248,8 @@ def main() -> None:
         del peers["liger"]
     for case in CASES:
         small = replace(case, T=16, V=101, D=32) if SMOKE else case
+        if not time_for(f"{case.name}, {case.T} tokens{', head trained' * case.train_head}"):
+            continue
         if not options.tune:
             measure_case(small, peers)
         elif not case.train_head and case.T == CASES[0].T:

@@ -15,7 +15,7 @@ from unittest import mock
 import bitsandbytes.functional as bnb
 import torch
 from hotloop_engine.ops.nf4 import from_bitsandbytes, kernel, reference
-from measure import DEVICE, SMOKE, arguments, parsed, rotation, time_in_turn, write_row
+from measure import DEVICE, SMOKE, arguments, parsed, rotation, time_for, time_in_turn, write_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,7 +120,8 @@ def main() -> None:
         others = {} if tune else peers()
         if number:
             others = {k: v for k, v in others.items() if k == "bitsandbytes"}
-        measure_shape(name, hotloop(tune) | others)
+        if time_for(name):
+            measure_shape(name, hotloop(tune) | others)
 
 
 if __name__ == "__main__":

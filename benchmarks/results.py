@@ -221,7 +221,6 @@ def curves(rows: list[Row]) -> str:
 def page(history: Path = HISTORY.parent, docs: Path = PAGE.parent) -> str:
     """docs/results.md: what stands in the history, newest rows, and how to measure it again."""
     parts = [
-        "---\norphan: true\n---",
         "# Results",
         "Made by `python benchmarks/results.py --page` of the rows in `benchmarks/history`; nothing here is typed. A "
         "script checks each op against truth before it times it. Every table names the command that measures it again; "

@@ -1,10 +1,10 @@
-"""The best tiles of our Triton attention on this card, by head size; printed, for `attention/kernel.py: launches`.
+"""The best tiles of our Triton attention on this card, by head size, for `attention/kernel.py: launches`.
 
-    python benchmarks/tune_attention.py                       heads of 128 and 256, soft cap and window, under a minute
+    python benchmarks/tune_attention.py                       heads of 128 and 256, soft cap and window
     python benchmarks/tune_attention.py --head-sizes 64
 
-Each candidate is checked against the one that `launches` has, then timed with the others in turn. What cannot be
-compiled or launched on this card says so and is left out.
+Each candidate is checked against the one that `launches` has, then timed with the others in turn: one JSON line each,
+best first. What cannot be compiled or launched on this card says so and is left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hotloop_engine.attention import Sequences, kernel
 from hotloop_engine.attention.backends.triton import Triton
 from hotloop_engine.attention.kernel import Launches, Tile
 from hotloop_testkit.numerics import relative_error
-from measure import DEVICE, SMOKE, arguments, parsed, time_in_turn
+from measure import DEVICE, SMOKE, arguments, parsed, time_for, time_in_turn, write_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,12 +96,14 @@ def candidates(one: Problem, name: str, head_size: int) -> dict[str, Launches]:
 
 
 def main() -> None:
-    """Prints milliseconds, best first, for each head size and kernel."""
+    """Prints a row for each candidate, best first, by head size and kernel."""
     parser = arguments(__doc__)
     parser.add_argument("--head-sizes", type=int, nargs="+", choices=TILES, default=[128, 256])
     for head_size in parsed(parser).head_sizes:
         one = problem(head_size)
         for name in ("forward", "dkv", "dq"):
+            if not time_for(f"{name} of heads of {head_size}"):
+                continue
             backward = name != "forward"
             expected = one.run(one.launches, backward=backward)
             variants: dict[str, Callable[[int], object]] = {}
@@ -118,7 +120,14 @@ def main() -> None:
                 variants[label] = lambda _, t=tiles, b=backward, p=one: p.run(t, backward=b)
             timings = time_in_turn(variants, warmup=1, repeats=8)
             for label in sorted(timings, key=lambda label: timings[label].p50_ms):
-                print(f"{head_size} {name} {label}: {timings[label].p50_ms:.3f} ms", flush=True)
+                write_row(
+                    op="attention tiles",
+                    mode=name,
+                    variant=label,
+                    shape={"tokens": one.sequences.tokens, "head_size": head_size},
+                    dtype=one.inputs[0].dtype,
+                    timing=timings[label],
+                )
 
 
 if __name__ == "__main__":

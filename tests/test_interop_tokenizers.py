@@ -124,6 +124,20 @@ def test_byte_level_tokenizer_gives_the_same_ids(
     assert differing == []
 
 
+@pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
+def test_added_tokens_with_spaces_and_newlines_give_the_same_ids(
+    special: bool, tmp_path: Path
+) -> None:
+    tokenizer = byte_level(SMOLLM)
+    texts = ["two words", "\n\n", " lead", "trail ", "a\tb", "foobar", "foobarbaz", "foo"]
+    tokenizer.add_tokens([AddedToken(t, special=special, normalized=False) for t in texts])
+    llama = loaded(one_layer(len(tokenizer)), tokenizer, tmp_path)
+    texts = [*awkward(), "two wordstwo  words\n\n\n", " lead lead trail  x a\tbfoobarbazfoobar fo"]
+    texts += ["a\x1c\x1d$\x1e \x1f1\x85\u180e"]  # separators that only some call white space
+    differing = [t for t in texts if llama.ids(t) != tokenizer.encode(t, add_special_tokens=False)]
+    assert differing == []
+
+
 def sentencepiece_like() -> Any:
     """A BPE over ▁-marked text with byte fallback, as transformers saves a Llama 2 tokenizer."""
     draft = Tokenizer(models.BPE())

@@ -20,6 +20,7 @@ PAGES = {
     "hotloop-ernie": "write-a-family.md",
     "hotloop-npy": "write-an-exporter.md",
     "hotloop-aten": "write-an-op.md",
+    "hotloop-arcee": "write-a-block.md",
 }
 
 TRAIN_AND_EXPORT = """
@@ -124,6 +125,50 @@ else:
 def test_a_model_trains_with_their_op(python: Path, run: Run) -> None:
     done = run(python, "-c", TRAIN_WITH_THEIR_OP)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+TRAIN_WITH_THEIR_BLOCK = """
+import sys
+import torch
+import hotloop
+from hotloop.wiring import receipt_of
+from hotloop_testkit.tiny import tokenizer
+from transformers import ArceeConfig, ArceeForCausalLM
+
+torch.manual_seed(0)
+config = ArceeConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, head_dim=32,
+                     num_key_value_heads=2, vocab_size=320, max_position_embeddings=256)
+ArceeForCausalLM(config).save_pretrained("tiny")
+tokenizer(320).save_pretrained("tiny")
+model, words = hotloop.load("tiny", bits=16, max_seq_len=64)
+model = hotloop.add_lora(model, r=4)
+assert "hotloop_arcee.mlp" not in sys.modules
+ids = torch.randint(320, (2, 32))
+model.train()(input_ids=ids, labels=ids).loss.backward()
+assert "hotloop_arcee.mlp" in sys.modules
+found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+assert any("mlp.up_proj.lora_B" in name for name in found), found.keys()
+model.zero_grad()
+receipt_of(model).undo()
+model(input_ids=ids, labels=ids).loss.backward()
+for name, p in model.named_parameters():
+    if p.grad is not None:
+        torch.testing.assert_close(found[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
+"""
+
+
+def test_a_model_trains_with_their_block(python: Path, run: Run) -> None:
+    done = run(python, "-c", TRAIN_WITH_THEIR_BLOCK)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_a_family_is_drafted_where_nothing_but_wheels_is_installed(
+    python: Path, run: Run, tmp_path: Path
+) -> None:
+    command = (python.parent / "hotloop", "new-family", "seed_oss", "--output", tmp_path / "draft")
+    done = run(*command, "--json")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert json.loads(done.stdout)["kit"]["failures"] == {}
 
 
 OLD_SPEC = """

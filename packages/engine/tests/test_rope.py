@@ -251,7 +251,7 @@ def test_rope_refuses_what_does_not_fit():
         rope(q, k[:5], table, table)
     with pytest.raises(ConfigError, match="rows that divide the tokens"):
         rope(q, k, table[:4], table[:4])
-    with pytest.raises(ConfigError, match="an even number of columns up to 16"):
+    with pytest.raises(ConfigError, match="an even number of columns, 2 to 16"):
         rope(q, k, torch.zeros(6, 18), torch.zeros(6, 18))
     with pytest.raises(ConfigError, match="requires a gradient"):
         rope(q, k, table.clone().requires_grad_(), table)

@@ -266,6 +266,15 @@ def test_gets_after_the_first_find_their_tensor_on_its_way(device: Device):
     assert store.statistics().stalls == 1
 
 
+def test_one_tensor_is_under_way_each_way_however_large_it_is(device: Device):
+    store = HostActivationStore("cpu", capacity=80_000, ahead=100, link=device)
+    values = layers(6, [(3, 200)])
+    tickets = forward(device, store, values)
+    assert store.statistics().held_bytes == values[-1].nbytes
+    assert_read(device, backward(device, store, tickets), values)
+    assert store.statistics().stalls == 1
+
+
 def test_a_tensor_may_set_out_again_before_it_has_arrived(device: Device):
     store = HostActivationStore("cpu", capacity=9000, ahead=10**6, link=device)
     values = layers(3)

@@ -1,4 +1,5 @@
 import copy
+import importlib
 import io
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from hotloop import FastLanguageModel, FastModel, is_bfloat16_supported
 from hotloop.fast.refusals import FROM_PRETRAINED, GET_PEFT_MODEL, UnknownArgumentError
 from hotloop.wiring import receipt_of
-from hotloop_core.errors import ConfigError, UnsupportedError
+from hotloop_core.errors import ConfigError, HotloopError, UnsupportedError
 from hotloop_core.plan import RECOMPUTE_ALL
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -123,13 +124,15 @@ def test_saving_methods_call_the_exporter_for_the_adapted_model_and_its_copies(m
     monkeypatch.setitem(sys.modules, "hotloop.exporting", fake)
     adapted = FastLanguageModel.get_peft_model(model, r=4)
     adapted.save_pretrained_merged("out", "tok", save_method="merged_16bit")
-    assert calls.pop() == (adapted, ("tok", "out"), {"format": "safetensors", "quant": "16bit"})
+    options = {"format": "safetensors", "quant": "16bit", "overwrite": True}
+    assert calls.pop() == (adapted, ("tok", "out"), options)
     adapted.save_pretrained_merged("out", "tok", save_method="merged_4bit")
     assert calls.pop()[2]["quant"] == "4bit"
     adapted.save_pretrained_merged("out", "tok", save_method="lora")
     assert calls.pop()[2]["quant"] == "adapter"
     adapted.save_pretrained_gguf("out", "tok", quantization_method=["q8_0", "not_quantized"])
-    assert calls.pop() == (adapted, ("tok", "out"), {"format": "gguf", "quant": ["q8_0", "bf16"]})
+    options = {"format": "gguf", "quant": ["q8_0", "bf16"], "overwrite": True}
+    assert calls.pop() == (adapted, ("tok", "out"), options)
 
     twin = copy.deepcopy(adapted)
     twin.save_pretrained_gguf("out")
@@ -145,6 +148,38 @@ def test_saving_methods_call_the_exporter_for_the_adapted_model_and_its_copies(m
 def test_an_unknown_save_method_is_refused_and_the_known_ones_are_named(model):
     with pytest.raises(ConfigError, match=r"merged_16bit, merged_4bit, .*lora"):
         model.save_pretrained_merged("out", save_method="fast")
+
+
+def test_saving_refuses_by_name_what_it_does_not_have(model):
+    with pytest.raises(UnsupportedError, match=r"push_to_hub=True.*use push_to_hub_merged"):
+        model.save_pretrained_merged("out", push_to_hub=True)
+    with pytest.raises(UnsupportedError, match=r"first_conversion='q8_0'"):
+        model.save_pretrained_gguf("out", first_conversion="q8_0")
+    with pytest.raises(ConfigError, match="Did you mean 'quantization_method'"):
+        model.save_pretrained_gguf("out", quantisation_method="q8_0")
+
+
+def test_embedding_and_head_among_the_targets_train_whole(model):
+    adapted = FastLanguageModel.get_peft_model(
+        model, r=4, target_modules=["q_proj", "embed_tokens", "lm_head"]
+    )
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    ends = {name for name in trained if "modules_to_save" in name}
+    assert {name.rpartition(".modules_to_save")[0].rpartition(".")[2] for name in ends} == {
+        "embed_tokens",
+        "lm_head",
+    }
+    assert all("q_proj.lora_" in name for name in trained - ends)
+
+
+@pytest.mark.parametrize("module", ["hotloop.fast", "hotloop.chat_templates"])
+def test_names_that_scripts_import_and_hotloop_lacks_say_what_to_do(module):
+    with pytest.raises(ImportError, match="nothing needs patching"):
+        getattr(importlib.import_module(module), "PatchDPOTrainer")  # noqa: B009
+    with pytest.raises(HotloopError, match="HotloopTrainer"):
+        getattr(importlib.import_module(module), "UnslothTrainer")  # noqa: B009
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        getattr(importlib.import_module(module), "nonsense")  # noqa: B009
 
 
 def test_pushing_uploads_what_was_exported(model, monkeypatch):

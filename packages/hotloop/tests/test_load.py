@@ -260,3 +260,15 @@ def test_importing_hotloop_and_loading_loads_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_budget_lets_the_allocator_grow_its_segments_or_says_why_it_cannot(monkeypatch):
+    from hotloop.loading.load import _stretch_allocator
+
+    settings = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    _stretch_allocator()
+    assert settings == ["expandable_segments:True"]
+    monkeypatch.delattr(torch._C, "_accelerator_setAllocatorSettings")
+    with pytest.raises(UnsupportedError, match=r"Install a torch .* or load without vram="):
+        _stretch_allocator()

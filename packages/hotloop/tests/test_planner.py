@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -73,9 +74,13 @@ def test_less_memory_is_never_faster_and_every_plan_keeps_its_budget():
 
 def test_the_layers_that_keep_less_come_first():
     made = h100(vram="12GiB", host="1GiB")
-    stored = [len(layer.placements) for layer in made.layers[:-1]]
-    assert stored == sorted(stored, reverse=True)
-    assert stored[0] > stored[-1]
+    saved = job().saved
+    kept = [
+        sum(s.elements for s in saved if layer.placement(s.name) is Placement.KEEP)
+        for layer in made.layers[:-1]
+    ]
+    assert kept == sorted(kept)
+    assert kept[0] < kept[-1]
 
 
 def test_the_last_layer_sends_nothing_away():
@@ -124,7 +129,7 @@ def test_no_plan_pins_more_than_the_host_has():
 
 
 def test_an_input_is_stored_for_every_few_layers_where_the_host_is_small():
-    made = h100(tokens=131072, vram="16GiB", host="24GiB")
+    made = h100(tokens=131072, vram="20GiB", host="24GiB")
     inputs = [layer.placement("x") for layer in made.layers]
     assert Placement.RECOMPUTE in inputs
     assert inputs[0] is not Placement.RECOMPUTE  # nothing below it to start from
@@ -329,3 +334,62 @@ def test_a_path_may_name_the_config_itself(tmp_path):
     path.write_text("[]")
     with pytest.raises(ConfigError, match="holds list"):
         plan(path, tokens=64)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 16}, {"placements": "offload"}, {"lora": None}])
+@pytest.mark.parametrize("host", ["1MiB", "2GiB", "64GiB"])
+def test_a_refusal_names_memory_that_is_enough(options, host):
+    with pytest.raises(BudgetError) as refused:
+        h100(vram="1GiB", host=host, **options)
+    found = re.search(
+        r"at least ([\d.]+ [GM]iB).* To fit: (let ([\d.]+ [GM]iB) of host)?", str(refused.value)
+    )
+    made = h100(vram=found[1], host=found[3] or host, **options)
+    assert made.peak_bytes <= made.budget
+
+
+def test_a_refusal_proposes_nothing_that_would_not_do():
+    with pytest.raises(BudgetError) as refused:
+        h100(bits=16, vram="1MiB", host="64GiB", lora=1)
+    assert "4 bit" not in str(refused.value)
+    assert "rank" not in str(refused.value)
+    with pytest.raises(BudgetError, match="load the base in 4 bit"):
+        h100(bits=16, vram="8GiB", host="1GiB")
+
+
+def test_the_ranks_of_a_model_are_read_from_its_adapters():
+    from hotloop.lora import add_lora
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = {**LLAMA_8B, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 99}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    options = {"tokens": 64, "bits": 16, "dtype": "float32"}
+    expected = plan(config, lora={"q": 5, "down": 5}, **options).memory
+    found = plan(add_lora(model, r=5, targets=["q", "down"]), **options).memory
+    for name in ("activations kept for backward", "working set of a layer or the loss"):
+        assert found[name] == expected[name]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"tokens": n} for n in ("4096", 1.5, True, None, 2**40)),
+        *({"longest": n} for n in (0, 4097, "x")),
+        *({"lora": rank} for rank in ("16", 1.5, True, [16], {"q": 1.5})),
+        {"lora": 8, "bits": 16, "full_finetuning": True},
+        {"dtype": "int8"},
+        {"placements": ["keep"]},
+        {"card": 5},
+        {"card": "24GiB,165TFLOP/s,1008GB/s,0GB/s"},
+    ],
+)
+def test_what_cannot_be_is_refused_with_what_can(options):
+    with pytest.raises(ConfigError, match=r"expected|pass one"):
+        h100(**options)
+
+
+@pytest.mark.parametrize("source", [None, [], 5])
+def test_what_is_no_model_is_refused(source):
+    with pytest.raises(ConfigError, match=f"found {type(source).__name__}; expected a model"):
+        h100(source)

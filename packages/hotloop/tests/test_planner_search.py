@@ -129,24 +129,18 @@ def walk(space: Space, found: Found):
         away = sum(small.waiting[n] for n in names if layer.placement(n) is Placement.OFFLOAD)
         held.append(kept + small.small({n: layer.placement(n) for n in names}))
         device, host = device + held[-1], host + away
-    last = space.costs[split[-1]]
+    costs = [space.costs[kind] for kind in split]
     head = (small.head or small.embedding) * space.homes.head
-    leaving = [c.away + c.x_away for c in (space.costs[kind] for kind in split)]
-    below = leaving[0] * (found.count > 0)
-    moments = [device + max(small.loss(space.tile) + leaving[-1], last.forward) + head + below]
-    for i in reversed(range(len(layers))):
-        # What the last layer kept instead of sending away is in its working set too.
-        twice = held[i] - (space.costs[split[i]].kept + _input_kept(space, split, i))
-        moment = device + space.costs[split[i]].backward - twice * (i == len(layers) - 1)
-        moments.append(moment + below * (i >= found.count))
-        device -= held[i]
+    # What is still leaving when forward ends: of the lower layers, and of the upper ones but the last.
+    lower = (costs[0].away + costs[0].x_away) * (found.count > 0)
+    upper = (costs[-1].away + costs[-1].x_away) * (found.count < len(layers) - 1)
+    leaving, more = max(lower, upper), max(lower - upper, 0)
+    moments = [device + max(small.loss + leaving, costs[-1].forward + more) + head]
+    moments.append(device + costs[-1].last + leaving)
+    for i in reversed(range(len(layers) - 1)):
+        device -= held[i + 1]
+        moments.append(device + costs[i].backward + more * (i >= found.count))
     return max(moments), host
-
-
-def _input_kept(space, split, i):
-    first = split.index(split[i])
-    cost = space.costs[split[i]]
-    return cost.x_kept * ((i - first) % cost.stride == 0)
 
 
 @settings(max_examples=30, deadline=None)
@@ -222,3 +216,17 @@ def test_the_host_is_used_no_more_than_the_speed_asks_for():
     everything = plan(CONFIG, tokens=2048, lora=16, vram="1000GiB", card="H100")
     assert everything.host_bytes == 0
     assert not any(layer.placements for layer in everything.layers)
+
+
+@pytest.mark.parametrize("host", [0.01, 0.1, 0.5, 100.0])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_what_is_called_the_least_memory_fits_and_hardly_less_does(host, bits):
+    small, card = job(tokens=30_000, longest=30_000, bits=bits), slow_link()
+    found, pinned = list(lean(small, card, homes_of(small))), host * GIB
+    lowest = least(found, Bounds(host=pinned))
+    assert lowest is not None
+    size, made = lowest
+    assert made.host <= pinned
+    assert made == made.weighed()
+    assert fastest(found, Bounds(device=size, host=pinned)) is not None
+    assert fastest(found, Bounds(device=0.98 * size, host=pinned)) is None

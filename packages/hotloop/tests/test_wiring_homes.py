@@ -8,7 +8,7 @@ import pytest
 import torch
 from hotloop.homes import homes_of, settle
 from hotloop.wiring import receipt_of, wire
-from hotloop_core.errors import BudgetError
+from hotloop_core.errors import BudgetError, PlanError
 from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, LayerPlan, Placement, Plan
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -105,6 +105,38 @@ def test_wiring_before_settling_is_refused():
     wire(model)
     with pytest.raises(Exception, match="settle its weights before"):
         settle(model, plan_of(PLANS["keep"], range(LAYERS)))
+
+
+def test_a_host_that_cannot_hold_more_leaves_the_weights_where_they_are(monkeypatch):
+    from hotloop_engine.stores import StreamedWeights
+
+    model = tiny()
+    plan = plan_of(PLANS["recompute"], {1})
+    homes = settle(model, plan)
+    wire(model, plan)
+    model = with_lora(model)
+    expected = train(model)
+    add, asked = StreamedWeights.add_layer, []
+
+    def refuse_the_third(store, tensors):
+        asked.append(tensors)
+        if len(asked) == 3:
+            raise BudgetError("no more")
+        return add(store, tensors)
+
+    monkeypatch.setattr(StreamedWeights, "add_layer", refuse_the_third)
+    more = plan_of(PLANS["recompute"], range(LAYERS), embedding_on_host=True)
+    with pytest.raises(BudgetError, match="no more"):
+        homes.move(more)
+    assert homes.layers == (1,)
+    found = train(model)
+    assert [n for n in found if not torch.equal(found[n], expected[n])] == []
+    monkeypatch.undo()
+    homes.move(more)
+    found = train(model)
+    assert [n for n in found if not torch.equal(found[n], expected[n])] == []
+    with pytest.raises(PlanError, match="brings weights back"):
+        homes.move(plan)
 
 
 @pytest.mark.parametrize("from_the_start", [(), {1}], ids=["resident", "one streamed"])

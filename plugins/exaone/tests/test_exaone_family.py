@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+from hotloop_core.errors import UnsupportedError
 from hotloop_exaone import EXAONE4
 from hotloop_testkit.family import FamilyConformance
 from transformers import Exaone4Config
@@ -36,3 +38,9 @@ class TestExaone4WithAWindow(FamilyConformance):
 
     def tiny_config(self):
         return Exaone4Config(**SIZES, num_hidden_layers=4, sliding_window=9)
+
+    @pytest.mark.xfail(
+        raises=UnsupportedError, reason="llama.cpp gives windows to a model of 64 layers alone"
+    )
+    def test_gguf_export_comes_back(self, tmp_path):
+        super().test_gguf_export_comes_back(tmp_path)

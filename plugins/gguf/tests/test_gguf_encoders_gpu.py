@@ -76,9 +76,10 @@ def test_sums_have_the_same_bits() -> None:
     assert torch.equal(cpu.SEARCHES.sums(x), gpu.SEARCHES.sums(x.to(DEVICE)).cpu())
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1", "MXFP4"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4"])
 def test_types_without_a_search_have_the_same_bytes(kind: str) -> None:
-    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(7))
+    x = groups(32, 150)[0].reshape(75, 64)
+    x[4], x[5, 7], x[5, 9] = -x[4].abs(), -0.5, 0.5  # negative, and two equally far from 0
     encoder = getattr(tables if kind == "MXFP4" else legacy, kind.lower())
     ours = encoder(x, None, cpu.SEARCHES)
     assert torch.equal(ours, encoder(x.to(DEVICE), None, gpu.SEARCHES).cpu())

@@ -50,7 +50,7 @@ def test_rope_factors_are_those_that_transformers_divides_by() -> None:
     config = LlamaConfig(hidden_size=4096, num_attention_heads=32, rope_parameters=rope)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 500000.0 ** -(torch.arange(0, 128, 2).double() / 128)
-    factors = rope_factors(facts_of(LLAMA, config.to_dict()))
+    factors = rope_factors(facts_of(LLAMA, config.to_dict()))["rope_freqs.weight"]
     torch.testing.assert_close(
         torch.tensor(factors, dtype=torch.float64), plain / scaled, rtol=2e-6, atol=0
     )
@@ -79,6 +79,7 @@ def test_a_family_reads_config_keys_and_gives_literals() -> None:
         ({"logit_softcap": 30.0}, "logit_softcap=30.0"),
         ({"residual_scale": 0.2}, "residual_scale"),
         ({"attention_scale": 0.5}, "attention_scale"),
+        ({"activation": "gelu"}, "activation=gelu"),
         ({"rope": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
         ({"rope": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2, "beta_fast": 9}}, "beta"),
     ],
@@ -99,7 +100,7 @@ def family_model(model_type: str, **config: Any) -> tuple[Any, ExportFacts]:
         "head_dim": 128,
     }
     family = discover().match({"model_type": model_type})
-    facts = facts_of(family, {"model_type": model_type, "hidden_act": "silu", **sizes, **config})
+    facts = facts_of(family, {"model_type": model_type, **sizes, **config})
     return facts, family.exports["gguf"]
 
 

@@ -207,6 +207,15 @@ def test_a_modelfile_has_weights_template_system_stops_and_sampling() -> None:
     assert list(files) == ["x-Q8_0.Modelfile"] and "y has no Modelfile" in notes[0]
 
 
+def test_only_numbers_and_tokens_that_exist_reach_the_modelfile() -> None:
+    files, _ = made(QWEN, eos_token_id=[9, -1, 2], do_sample=True, temperature="0.7\nSYSTEM evil")
+    lines = files["x-Q8_0.Modelfile"].splitlines()
+    assert [line for line in lines if line.startswith(("PARAMETER", "SYSTEM evil"))] == [
+        'PARAMETER stop "<|im_end|>"',
+        'PARAMETER stop "<|stop|>"',
+    ]
+
+
 def test_a_modelfile_without_a_template_says_why() -> None:
     files, notes = made(NUMBERED)
     assert "TEMPLATE" not in files["x-Q8_0.Modelfile"] and "of 5 messages" in notes[0]

@@ -46,6 +46,14 @@ def test_a_candidate_splits_as_the_published_tokenizer_does(name: str) -> None:
         assert pretokenizers.split(compiled(name, text), text) == expected
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_candidate_takes_for_white_space_what_the_published_tokenizer_does(name: str) -> None:
+    for number in (*range(1, 33), 0x85, 0xA0, 0x180E, 0x200B, 0x2028, 0x3000, 0xFEFF):
+        text = "a{0}!{0}{0}b {0}1".format(chr(number))
+        expected = [piece for piece, _ in PUBLISHED[name].pre_tokenize_str(text)]
+        assert pretokenizers.split(compiled(name, text), text) == expected, hex(number)
+
+
 def test_the_probes_tell_every_two_candidates_apart_that_split_differently() -> None:
     texts = (*pretokenizers.PROBES, *pretokenizers._triples())
     splits: dict[tuple[Any, ...], str] = {}
@@ -62,7 +70,7 @@ def byte_level_vocabulary(*tokens: str) -> dict[str, int]:
 
 
 def find(vocabulary: dict[str, int], merges: list[tuple[str, str]], tokenize: Any) -> str:
-    return pretokenizers.find(vocabulary, merges, tokenize, ordinary=vocabulary)
+    return pretokenizers.find(vocabulary, merges, tokenize, ordinary=vocabulary, added={})
 
 
 def tokenizer_of(name: str, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Any:
@@ -90,6 +98,20 @@ def test_a_token_that_no_merge_reaches_decides_whether_merges_are_skipped() -> N
     for name in ("llama-bpe", "smaug-bpe"):
         found = find(vocabulary, [], tokenizer_of(name, vocabulary, []))
         assert skipping[found] == skipping[name]
+
+
+def test_added_tokens_in_a_probe_do_not_hide_the_pre_tokenizer() -> None:
+    merges = [("1", "2"), ("!", "a")]
+    vocabulary = byte_level_vocabulary("12", "!a")
+    plain = tokenizer_of("qwen2", vocabulary, merges)
+    added = {"\n\n": 300, "two": 301, "two  spaces": 302, "Ünï": 303}
+
+    def tokenize(text: str) -> list[int]:
+        parts = re.split(r"(\n\n|two  spaces|two|Ünï)", text)
+        return [i for part in parts for i in ([added[part]] if part in added else plain(part))]
+
+    found = pretokenizers.find(vocabulary, merges, tokenize, ordinary=vocabulary, added=added)
+    assert found == "qwen2"
 
 
 def test_an_unknown_pre_tokenizer_is_refused_with_what_to_do() -> None:
@@ -127,14 +149,14 @@ def test_token_types_say_what_is_special_added_and_unused() -> None:
     size = len(VOCABULARY)
     tokenizer = saved(
         VOCABULARY,
-        {size: ("<s>", True), size + 2: ("user", False)},
-        config={"bos_token": {"content": "<s>"}, "eos_token": None, "pad_token": "user"},
+        {size: ("<s>", True), size + 2: ("<user>", False)},
+        config={"bos_token": {"content": "<s>"}, "eos_token": None, "pad_token": "<user>"},
     )
     keys = tokenizer.metadata(size + 4, PLAIN, "{{ template }}")
     assert keys["tokenizer.ggml.tokens"][-4:] == [
         "<s>",
         f"[PAD{size + 1}]",
-        "user",
+        "<user>",
         f"[PAD{size + 3}]",
     ]
     assert keys["tokenizer.ggml.token_type"][-5:] == [NORMAL, CONTROL, UNUSED, USER_DEFINED, UNUSED]
@@ -144,6 +166,35 @@ def test_token_types_say_what_is_special_added_and_unused() -> None:
     assert keys["tokenizer.ggml.add_bos_token"] is False
     assert keys["tokenizer.chat_template"] == "{{ template }}"
     assert keys["tokenizer.ggml.merges"] == ["Ġ a"]
+
+
+def test_an_end_of_generation_that_is_no_token_is_left_out() -> None:
+    ends = {"eos_token_id": [len(VOCABULARY) + 7, -1, None]}
+    tokenizer = saved(VOCABULARY, {}, config={}, generation=ends)
+    assert "tokenizer.ggml.eot_token_id" not in tokenizer.metadata(400, PLAIN, None)
+    assert tokenizer.stops == []
+
+
+@pytest.mark.parametrize(
+    "changes, fallback, notes",
+    [
+        ({}, False, 0),
+        ({"rstrip": True}, False, 1),
+        ({"lstrip": True}, True, 1),
+        ({"single_word": True}, False, 1),
+        ({"normalized": True}, False, 0),
+        ({"normalized": True}, True, 1),
+        ({"normalized": True, "special": True}, True, 0),
+    ],
+)
+def test_added_tokens_that_llama_cpp_finds_otherwise_are_noted(
+    changes: dict[str, bool], fallback: bool, notes: int
+) -> None:
+    tokenizer = saved(
+        VOCABULARY, {300: ("<x>", False)}, config={}, model={"byte_fallback": fallback}
+    )
+    tokenizer.definition["added_tokens"][0] |= changes
+    assert len(tokenizer.notes) == notes and all("'<x>'" in note for note in tokenizer.notes)
 
 
 def test_more_tokens_than_embedding_rows_is_refused() -> None:

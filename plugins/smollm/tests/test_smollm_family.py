@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import pytest
 from hotloop_core import discover
+from hotloop_core.errors import UnsupportedError
 from hotloop_smollm import SMOLLM3
 from hotloop_testkit.family import FamilyConformance
 from transformers import SmolLM3Config
@@ -36,6 +38,12 @@ class TestSmolLm3WithAWindow(FamilyConformance):
     def tiny_config(self):
         window = {"use_sliding_window": True, "sliding_window": 9}
         return SmolLM3Config(**SIZES, **window, num_hidden_layers=2, no_rope_layers=[0, 1])
+
+    @pytest.mark.xfail(
+        raises=UnsupportedError, reason="llama.cpp leaves out every fourth rotation and no other"
+    )
+    def test_gguf_export_comes_back(self, tmp_path):
+        super().test_gguf_export_comes_back(tmp_path)
 
 
 def test_a_config_without_the_list_leaves_out_every_fourth_rotation():

@@ -21,10 +21,11 @@ def best_fit_decreasing(falling: Integers, capacity: int) -> tuple[Integers, int
     """The bin of each item, for items from the longest to the shortest, and how many bins."""
     import numpy as np
 
-    assigned = np.empty(falling.size, dtype=np.int64)
+    owners: list[int] = []  # the bins in the order in which they take items,
+    takes: list[int] = []  # and how many of the next items each takes
     with_room: dict[int, list[int]] = {}  # the bins that have so much room left
     rooms: list[int] = []  # its keys, rising
-    count = item = 0
+    count = 0
 
     def give(bins: list[int], room: int) -> None:
         if not room or not bins:
@@ -52,14 +53,14 @@ def best_fit_decreasing(falling: Integers, capacity: int) -> tuple[Integers, int
             del bins[-number:]
             if not bins:
                 del with_room[room], rooms[at]
-            used = min(left, number * each)
-            assigned[item : item + used] = np.repeat(taken, each)[:used]
-            spare = number * each - used  # items that the last bin could still have taken
-            give(taken if not spare else taken[:-1], room - each * size)
-            give(taken[-1:] if spare else [], room - (each - spare) * size)
-            item += used
-            left -= used
-    return assigned, count
+            last = min(each, left - (number - 1) * each)  # the last bin may get fewer
+            owners += taken
+            takes += [each] * (number - 1) + [last]
+            if last < each:
+                give([taken.pop()], room - last * size)
+            give(taken, room - each * size)
+            left -= (number - 1) * each + last
+    return np.repeat(np.array(owners, dtype=np.int64), takes), count
 
 
 def least_bins(sizes: Integers, capacity: int) -> int:
@@ -73,14 +74,15 @@ def least_bins(sizes: Integers, capacity: int) -> int:
 
     if not sizes.size:
         return 0
-    counts = np.bincount(sizes, minlength=capacity + 1)
-    number = np.concatenate([[0], np.cumsum(counts)])  # number[x]: items shorter than x
-    tokens = np.concatenate([[0], np.cumsum(counts * np.arange(capacity + 1))])
-    half = capacity // 2
-    a = np.arange(half + 1)
-    large = number[-1] - number[capacity - a + 1]
-    middle = number[capacity - a + 1] - number[half + 1]
-    room = middle * capacity - (tokens[capacity - a + 1] - tokens[half + 1])
-    small = tokens[half + 1] - tokens[a]
-    more = np.maximum(0, -(-(small - room) // capacity))
-    return int((large + middle + more).max())
+    items, counts = np.unique(sizes, return_counts=True)
+    number = np.concatenate([[0], np.cumsum(counts)])  # number[i]: items shorter than items[i]
+    tokens = np.concatenate([[0], np.cumsum(counts * items)])
+    half = np.searchsorted(items, capacity // 2, side="right")  # from here on, a bin each
+    # Up to the next length a threshold keeps the small items and only takes room: lengths suffice.
+    a = np.concatenate([[0], items[:half]])
+    small = np.searchsorted(items, a)
+    large = np.searchsorted(items, capacity - a, side="right")
+    room = (number[large] - number[half]) * capacity - (tokens[large] - tokens[half])
+    rest = tokens[half] - tokens[small]
+    more = np.maximum(0, -(-(rest - room) // capacity))
+    return int((number[-1] - number[half] + more).max())

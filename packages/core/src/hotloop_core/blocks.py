@@ -43,7 +43,7 @@ class Attend(Protocol):
     """Causal attention of this layer, confined to rows, by the backend that is chosen for the card."""
 
     def forward(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Kept:
-        """Returns (o [T, H, K], log-sum-exp fp32); the scale, window and soft cap are the layer's."""
+        """Returns (o [T, H, K], and what backward needs beside it); scale, window and soft cap are the layer's."""
         ...
 
     def backward(

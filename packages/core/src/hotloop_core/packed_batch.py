@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from hotloop_core.errors import DataError
@@ -51,8 +52,9 @@ class PackedBatch:
         has for each row one number, or one for each of its tokens, like its labels.
 
         Raises:
-            DataError: no rows, an empty row, labels or weights that do not fit, weights that are
-                negative or not finite, or more tokens than `length`.
+            DataError: no rows, an empty row, ids or labels that are no whole numbers, labels or
+                weights that do not fit, weights that are negative or not finite, or more tokens
+                than `length`.
 
         """
         import torch
@@ -72,15 +74,16 @@ class PackedBatch:
         if padding < 0:
             raise DataError(f"{total} tokens do not fit into a batch of {length}.")
         ids = [token for row in rows for token in row] + [pad_id] * padding
-        targets = [target for row in labels or rows for target in row] + [MASKED] * padding
+        known = rows if labels is None else labels
+        targets = [target for row in known for target in row] + [MASKED] * padding
         spans = sizes + ([padding] if padding else [])
         sizes_S = torch.tensor(spans)
         starts_S = sizes_S.cumsum(0) - sizes_S
-        labels_T = torch.tensor(targets)
+        labels_T = _whole_numbers("labels", targets)
         labels_T[starts_S] = MASKED
         row_ids_T = torch.repeat_interleave(torch.arange(len(spans)), sizes_S)
         return PackedBatch(
-            input_ids=torch.tensor(ids),
+            input_ids=_whole_numbers("ids", ids),
             labels=labels_T,
             position_ids=torch.arange(len(ids)) - starts_S[row_ids_T],
             cu_seqlens=torch.cat([starts_S, torch.tensor([len(ids)])]).to(torch.int32),
@@ -106,13 +109,25 @@ class PackedBatch:
         }
 
 
+def _whole_numbers(name: str, values: list[int]) -> Tensor:
+    import torch
+
+    values_T = torch.tensor(values)
+    if values_T.dtype != torch.int64 or values_T.dim() != 1:
+        raise DataError(
+            f"{name} make a {values_T.dtype} tensor of shape {tuple(values_T.shape)}; expected rows "
+            "of whole numbers."
+        )
+    return values_T
+
+
 def _weights(
     weights: Sequence[float | Sequence[float]], sizes: Sequence[int], padding: int
 ) -> Tensor:
     import torch
 
     rows = [
-        torch.full((size,), float(given)) if isinstance(given, int | float) else torch.tensor(given)
+        torch.full((size,), float(given)) if isinstance(given, Real) else torch.tensor(given)
         for given, size in zip(weights, sizes, strict=False)
     ]
     if len(weights) != len(sizes) or [len(row) for row in rows] != list(sizes):

@@ -8,6 +8,7 @@ for bin in packing:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 from hotloop_core.bin_packing import best_fit_decreasing, least_bins
@@ -137,11 +138,15 @@ class Packing:
         steps are shuffled by the seed and the epoch.
 
         Raises:
+            ConfigError: `ranks` or `each` below 1, `seed` or `epoch` below 0.
             DataError: several ranks, and the bins do not divide by ranks x each: see `divisible`.
 
         """
         import numpy as np
 
+        if ranks < 1 or each < 1:
+            raise ConfigError(f"ranks={ranks}, each={each}; expected at least 1 of both.")
+        _check_seeds(seed=seed, epoch=epoch)
         whole = len(self) // (ranks * each) * ranks * each
         if ranks > 1 and whole < len(self):
             raise DataError(
@@ -193,37 +198,18 @@ def pack(
     The seed decides which of equally long rows meet, and the order of the bins.
 
     Raises:
-        ConfigError: the capacity is not positive, or `overlong` none of its three values.
-        DataError: a row is empty, or longer than the capacity under overlong="error".
+        ConfigError: the capacity is no positive whole number, the seed is negative, or `overlong`
+            none of its three values.
+        DataError: lengths are no whole numbers, a row is empty, or longer than the capacity under
+            overlong="error".
 
     """
     import numpy as np
 
-    _check(capacity, overlong)
-    sizes = np.asarray(lengths, dtype=np.int64)
-    if sizes.size and sizes.min() < 1:
-        where = int(np.flatnonzero(sizes < 1)[0])
-        raise DataError(f"row {where} has {sizes[where]} tokens; expected at least 1. Drop it.")
-    over = sizes > capacity
-    rows = np.arange(sizes.size)
-    starts = np.zeros_like(sizes)
-    dropped = 0
-    if over.any():
-        if overlong == "error":
-            raise DataError(
-                f"{over.sum()} rows are longer than {capacity} tokens, the longest (row "
-                f"{sizes.argmax()}) has {sizes.max()}. Raise the capacity (max_seq_len), or pass "
-                'overlong="cut" or overlong="split".'
-            )
-        if overlong == "cut":
-            dropped = int((sizes - capacity)[over].sum())
-            sizes = np.minimum(sizes, capacity)
-        else:
-            counts = -(-sizes // capacity)
-            rows = np.repeat(rows, counts)
-            within = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
-            starts = within * capacity
-            sizes = np.minimum(sizes[rows] - starts, capacity)
+    _check(capacity, overlong, seed)
+    given = _integers(lengths)
+    (rows, starts, stops), rows_overlong = _fitted(given, capacity, overlong)
+    sizes = stops - starts
     random = np.random.default_rng(seed)
     shuffled = random.permutation(sizes.size)
     order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]
@@ -232,8 +218,9 @@ def pack(
     by_bin = np.argsort(bins, kind="stable")
     order = order[by_bin]
     bounds = np.searchsorted(bins[by_bin], np.arange(count + 1))
-    pieces = (rows[order], starts[order], starts[order] + sizes[order])
-    return _packing(capacity, pieces, bounds, int(over.sum()), dropped)
+    pieces = (rows[order], starts[order], stops[order])
+    dropped = int(given.sum()) - int(sizes.sum())
+    return _packing(capacity, pieces, bounds, rows_overlong, dropped)
 
 
 def pack_stream(
@@ -247,8 +234,8 @@ def pack_stream(
 ) -> Iterator[list[tuple[Piece, Row]]]:
     """Packs rows as they come, holding at most `buffer` of them; yields a bin at a time.
 
-    When the buffer is full it is packed, the fuller half of the bins goes out, and the rows of the
-    others wait for better company. `Piece.row` counts the rows of the stream from 0.
+    When the buffer is full it is packed, the fuller half of the bins goes out, and half of the rows
+    at least, while the rows of the others wait for better company. `Piece.row` counts the rows of the stream from 0.
 
     Raises:
         ConfigError: as `pack`, or a buffer of less than 1.
@@ -257,7 +244,7 @@ def pack_stream(
     """
     import numpy as np
 
-    _check(capacity, overlong)
+    _check(capacity, overlong, seed)
     if buffer < 1:
         raise ConfigError(f"buffer={buffer}; expected at least 1 row.")
     waiting: list[tuple[Piece, Row]] = []
@@ -265,26 +252,76 @@ def pack_stream(
     def packed(everything: bool) -> Iterator[list[tuple[Piece, Row]]]:
         packing = pack([piece.stop - piece.start for piece, _ in waiting], capacity, seed=seed)
         fullest = np.argsort(-packing.bin_tokens, kind="stable").tolist()
-        out = fullest if everything else fullest[: (len(fullest) + 1) // 2]
+        # Half of the rows too: full bins of one row each would leave the buffer all but full.
+        gone = np.cumsum(np.diff(packing.bounds)[fullest])
+        half = max((len(fullest) + 1) // 2, int(np.searchsorted(2 * gone, len(waiting))) + 1)
+        out = fullest if everything else fullest[:half]
         bins = [[waiting[piece.row] for piece in packing[index]] for index in out]
         kept = sorted(piece.row for index in fullest[len(out) :] for piece in packing[index])
         waiting[:] = [waiting[index] for index in kept]
         yield from bins
 
     for number, row in enumerate(rows):
-        alone = pack([length(row)], capacity, overlong=overlong)
-        waiting.extend((Piece(number, p.start, p.stop), row) for (p,) in alone)
+        alone = _integers([length(row)])
+        (_, starts, stops), _ = _fitted(alone, capacity, overlong, first=number)
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            waiting.append((Piece(number, start, stop), row))
         if len(waiting) >= buffer:
             yield from packed(everything=False)
     if waiting:
         yield from packed(everything=True)
 
 
-def _check(capacity: int, overlong: str) -> None:
-    if capacity < 1:
-        raise ConfigError(f"capacity={capacity}; expected at least 1 token.")
+def _check(capacity: int, overlong: str, seed: int) -> None:
+    if not isinstance(capacity, Integral) or capacity < 1:
+        raise ConfigError(f"capacity={capacity!r}; expected a whole number of tokens, at least 1.")
     if overlong not in ("error", "cut", "split"):
         raise ConfigError(f'overlong={overlong!r}; expected "error", "cut" or "split".')
+    _check_seeds(seed=seed)
+
+
+def _check_seeds(**seeds: int) -> None:
+    for name, value in seeds.items():
+        if not isinstance(value, Integral) or value < 0:
+            raise ConfigError(f"{name}={value!r}; expected a whole number from 0.")
+
+
+def _integers(lengths: Sequence[int] | Integers) -> Integers:
+    import numpy as np
+
+    found = np.asarray(lengths)
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise DataError(
+            f"lengths are {found.dtype} of shape {found.shape}; expected one whole number a row."
+        )
+    return found.astype(np.int64)
+
+
+def _fitted(
+    sizes: Integers, capacity: int, overlong: Overlong, *, first: int = 0
+) -> tuple[tuple[Integers, Integers, Integers], int]:
+    """(rows, starts, stops) of the pieces of rows numbered from `first`, and how many rows were too long."""
+    import numpy as np
+
+    if sizes.size and sizes.min() < 1:
+        where = int(np.flatnonzero(sizes < 1)[0])
+        raise DataError(
+            f"row {first + where} has {sizes[where]} tokens; expected at least 1. Drop it."
+        )
+    over = int((sizes > capacity).sum())
+    if over and overlong == "error":
+        raise DataError(
+            f"{over} rows are longer than {capacity} tokens, the longest (row "
+            f"{first + sizes.argmax()}) has {sizes.max()}. Raise the capacity (max_seq_len), or "
+            'pass overlong="cut" or overlong="split".'
+        )
+    if overlong == "cut":
+        sizes = np.minimum(sizes, capacity)
+    counts = -(-sizes // capacity)
+    rows = np.repeat(np.arange(sizes.size), counts)
+    within = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = within * capacity
+    return (first + rows, starts, np.minimum(sizes[rows], starts + capacity)), over
 
 
 def _packing(

@@ -87,6 +87,19 @@ def _own(part: str, facts: ModelFacts) -> SavedTensor:
     return SavedTensor(name=f"own_{part}", elements=block.kept(facts), flops=flops)
 
 
+ATTENTION_ROOM = 5 * 2**28
+"""Bytes that attention's backward may take beside its results, where it can do with fewer heads at once."""
+
+
+def key_heads_at_once(tokens: int, heads: int, kv_heads: int, head_dim: int) -> int:
+    """How many key heads, each with its query heads, attention takes at once.
+
+    Backends sum dq in fp32, and keep dk and dv of each query head until they are added: 8 bytes for each number in q.
+    """
+    for_one = 8 * tokens * (heads // kv_heads) * head_dim
+    return min(kv_heads, max(1, ATTENTION_ROOM // max(1, for_one)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerPlan:
     """One layer: tensor name -> placement (a name that is not there is kept).
@@ -154,7 +167,7 @@ class Plan:
     budget: bytes, or None.
     notes: why the next faster plan does not fit, and what else a user should know.
     fixed: the placements were the caller's choice, which planning again for a larger batch must keep.
-    tile: tokens that the norms, projections, the MLP and the loss take at once; None for all.
+    tile: tokens that the norms, projections and the MLP take at once; None for all. A family's own block takes all.
     embedding_on_host, head_on_host: where these two weights live; of the first only the rows of a batch
     travel, the second travels once a loss.
     host_memory: pinned bytes, by name: "activations", "weights", "embedding", "head".

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +85,32 @@ def test_a_resumed_run_equals_one_that_did_not_stop_bit_for_bit(
     rows = RunDirectory(recipe.output.directory).read_metrics()
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 5, 10, 12]
+
+
+def test_a_run_that_was_killed_after_its_last_step_trains_no_step_more(recipe: Recipe) -> None:
+    with Run(recipe) as run:
+        report = run.train()
+    directory, expected = RunDirectory(recipe.output.directory), adapter_of(recipe)
+    metrics = [
+        (row["step"], row.get("loss"), row.get("eval_loss")) for row in directory.read_metrics()
+    ]
+    shutil.rmtree(directory.adapter)
+    directory.report.unlink()
+    with Run(recipe, resume=True) as run:
+        again = run.train()
+
+    found = adapter_of(recipe)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert (again.steps, again.tokens, again.train_loss) == (
+        report.steps,
+        report.tokens,
+        report.train_loss,
+    )
+    assert again.held_out_after == report.held_out_after
+    rows = [
+        (row["step"], row.get("loss"), row.get("eval_loss")) for row in directory.read_metrics()
+    ]
+    assert [row for row in rows if row[1] or row[2]] == [row for row in metrics if row[1] or row[2]]
 
 
 def test_an_8_bit_optimizer_learns_and_resumes_bit_for_bit(
@@ -262,14 +289,22 @@ def test_out_of_memory_says_what_was_planned_and_what_shrinks_it(
             run.train()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 11840 vs 11732"),
+    ],
+    ids=["the system's", "torch.save's"],
+)
 def test_a_full_disk_is_named_and_earlier_checkpoints_stay(
-    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     original = Trainer._save_checkpoint
 
     def full(self: Trainer, *arguments: Any) -> None:
         if self.state.global_step > 5:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         original(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", full)

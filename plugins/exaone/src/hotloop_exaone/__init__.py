@@ -9,6 +9,7 @@ from hotloop_core import (
     API,
     Attention,
     ConfigKeys,
+    ExportFacts,
     FamilySpec,
     Glu,
     LayerSpec,
@@ -17,6 +18,7 @@ from hotloop_core import (
 )
 
 if TYPE_CHECKING:
+    from hotloop_core import ModelFacts
     from hotloop_core.family import Config
 
 _ATTENTION = Attention(
@@ -43,9 +45,17 @@ UNROTATED = replace(ROTATED, attention=replace(_ATTENTION, rotary=False))
 
 def _layer(config: Config, index: int) -> LayerSpec:
     """Where some layers have a window, those that see everything have no positions (the 32B)."""
-    windowed = config.get("sliding_window") is not None
+    if config.get("sliding_window") is None:
+        return ROTATED
     kinds = config.get("layer_types")
-    return UNROTATED if windowed and kinds and kinds[index] == "full_attention" else ROTATED
+    if kinds is None:
+        return ROTATED if (index + 1) % config["sliding_window_pattern"] else UNROTATED
+    return ROTATED if kinds[index] == "sliding_attention" else UNROTATED
+
+
+def _gguf_windowed(model: ModelFacts) -> list[bool]:
+    """llama.cpp knows the 32B by its 64 layers: three windowed and rotated to one that is neither. Others have none."""
+    return [model.layers == 64 and (i + 1) % 4 != 0 for i in range(model.layers)]
 
 
 EXAONE4 = FamilySpec(
@@ -53,7 +63,27 @@ EXAONE4 = FamilySpec(
     name="exaone4",
     model_types=frozenset({"exaone4"}),
     layer=_layer,
-    keys=ConfigKeys(window="sliding_window"),
+    keys=ConfigKeys(
+        window="sliding_window",
+        window_pattern="sliding_window_pattern",
+        defaults={
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+    ),
+    exports={
+        "gguf": ExportFacts(
+            architecture="exaone4",
+            metadata={"vocab_size": "vocab_size", "attention.sliding_window": "window"},
+            implied={
+                "head_dim": lambda model: model.hidden_size // model.heads,
+                "windowed": _gguf_windowed,
+            },
+        )
+    },
     examples=("EXAONE 4.0 1.2B, 32B",),
 )
 

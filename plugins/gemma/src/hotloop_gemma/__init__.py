@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hotloop_core import (
     API,
@@ -78,6 +78,14 @@ def _gguf_attention_scale(layers_of_27b: int) -> Callable[[ModelFacts], float]:
     return lambda m: (m.hidden_size // m.heads if m.layers == layers_of_27b else m.head_dim) ** -0.5
 
 
+# llama.cpp has one activation for all three, and no biases.
+_GGUF_IMPLIED: dict[str, Callable[[ModelFacts], Any]] = {
+    "activation": lambda _: "gelu_tanh",
+    "qkv_bias": lambda _: False,
+    "o_bias": lambda _: False,
+}
+
+
 GEMMA = FamilySpec(
     api=API,
     name="gemma",
@@ -89,12 +97,15 @@ GEMMA = FamilySpec(
         defaults={
             **_DEFAULTS,
             "hidden_act": "gelu_pytorch_tanh",
+            "num_key_value_heads": 16,
             "max_position_embeddings": 8192,
         },
     ),
     exports={
         "gguf": ExportFacts(
-            architecture="gemma", transforms=_ADD_ONE, implied={"tied": lambda _: True}
+            architecture="gemma",
+            transforms=_ADD_ONE,
+            implied={**_GGUF_IMPLIED, "tied": lambda _: True},
         )
     },
     examples=("Gemma 2B, 7B", "CodeGemma"),
@@ -116,6 +127,7 @@ GEMMA2 = FamilySpec(
         defaults={
             **_DEFAULTS,
             "hidden_activation": "gelu_pytorch_tanh",
+            "num_key_value_heads": 4,
             "max_position_embeddings": 8192,
             "query_pre_attn_scalar": 256,
             "sliding_window": 4096,
@@ -133,7 +145,11 @@ GEMMA2 = FamilySpec(
                 "attention.sliding_window": "window",
                 "attention.sliding_window_pattern": "windowed",
             },
-            implied={"tied": lambda _: True, "attention_scale": _gguf_attention_scale(46)},
+            implied={
+                **_GGUF_IMPLIED,
+                "tied": lambda _: True,
+                "attention_scale": _gguf_attention_scale(46),
+            },
         )
     },
     examples=("Gemma 2 2B, 9B, 27B",),
@@ -176,7 +192,7 @@ GEMMA3 = FamilySpec(
                 "attention.sliding_window_pattern": "windowed",
                 "rope.freq_base_swa": "window_rope_theta",
             },
-            implied={"attention_scale": _gguf_attention_scale(62)},
+            implied={**_GGUF_IMPLIED, "attention_scale": _gguf_attention_scale(62)},
         )
     },
     examples=("Gemma 3 270M, 1B and the text models of 4B, 12B, 27B",),

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from .pipeline import Encoder
     from .writer import Value
 
-_ROPE_FACTORS = "rope_freqs.weight"
-
 
 @dataclass(frozen=True)
 class Quantisation:
@@ -106,6 +104,7 @@ def write(
             *metadata.notes(request.facts, facts),
             *(note for i, q in enumerate(quantisations) for note in _narrowed(q.name, i, choices)),
             *_unweighted(request, choices, importance),
+            *tokenizer.notes,
             *notes,
         ),
     )
@@ -148,9 +147,8 @@ def _plan(
         )
         for entry, chosen in zip(request.tensors, choices, strict=True)
     ]
-    factors = metadata.rope_factors(request.facts)
-    if factors is not None:
-        planned.insert(0, _rope_factors(factors, len(choices[0])))
+    for name, factors in metadata.rope_factors(request.facts).items():
+        planned.insert(0, _rope_factors(name, factors, len(choices[0])))
     repeated = [name for name, count in Counter(p.name for p in planned).items() if count > 1]
     if repeated:
         raise ExportError(f"two tensors map to {repeated[0]!r}; correct the family's ExportFacts")
@@ -178,13 +176,13 @@ def _parts(
     return parts
 
 
-def _rope_factors(factors: list[float], outputs: int) -> Planned:
+def _rope_factors(name: str, factors: list[float], outputs: int) -> Planned:
     def parts(_: int) -> Iterator[tuple[int, Tensor]]:
         import torch
 
         yield 0, torch.tensor(factors)
 
-    return Planned(_ROPE_FACTORS, _ROPE_FACTORS, (len(factors),), (BLOCKS["F32"],) * outputs, parts)
+    return Planned(name, name, (len(factors),), (BLOCKS["F32"],) * outputs, parts)
 
 
 def _importance(

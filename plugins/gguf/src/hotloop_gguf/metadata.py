@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from .writer import Value
 
 _WINDOW = "attention.sliding_window"
+_WITHOUT_WINDOW = {"phi3"}
+"""Architectures whose window llama.cpp reads and leaves at that."""
+_WITH_DIVISORS = {"llama", "granite", "exaone4"}
+"""Architectures for which it reads `rope_freqs`."""
+_WITH_LONGROPE = {"phi3"}
+"""Architectures for which it reads `rope_factors_long` and `rope_factors_short`."""
 _ASSUMED = {"gemma2.attn_logit_softcapping": 50.0, "gemma2.final_logit_softcapping": 30.0}
 """What llama.cpp takes where a file lacks a key, for keys whose absence would have to mean "none"."""
 
@@ -51,9 +57,9 @@ def hyperparameters(model: ModelFacts, facts: ExportFacts) -> dict[str, Value]:
         "attention.head_count_kv": model.kv_heads,
         "attention.key_length": model.head_dim,
         "attention.value_length": model.head_dim,
-        "attention.layer_norm_rms_epsilon": model.norm_eps,
+        **_epsilon(model, facts),
         "rope.freq_base": _rope(model)["rope_theta"],
-        **_rope_scaling(model),
+        **_rope_scaling(model, facts),
     }
     for key, source in facts.metadata.items():
         value = _read(model, source) if isinstance(source, str) else source
@@ -70,25 +76,47 @@ def hyperparameters(model: ModelFacts, facts: ExportFacts) -> dict[str, Value]:
 def notes(model: ModelFacts, facts: ExportFacts) -> list[str]:
     """What readers of the file compute otherwise, within what the architecture can say."""
     window = model.window
-    if window is None or window >= model.max_positions or _WINDOW in facts.metadata:
-        return []
-    count = sum(model.windowed)
-    return [
-        f"{count} of {model.layers} layers see only the last {window:,} tokens; the architecture "
-        f"{facts.architecture!r} has no key for that, so llama.cpp lets them see everything: in "
-        f"texts longer than {window:,} tokens it computes something else"
-    ]
+    found: list[str] = []
+    heeded = _WINDOW in facts.metadata and facts.architecture not in _WITHOUT_WINDOW
+    if window is not None and window < model.max_positions and not heeded:
+        count = sum(model.windowed)
+        found.append(
+            f"{count} of {model.layers} layers see only the last {window:,} tokens; of files of the architecture "
+            f"{facts.architecture!r} llama.cpp reads no window and lets them see everything: in "
+            f"texts longer than {window:,} tokens it computes something else"
+        )
+    rope = _rope(model)
+    if rope["rope_type"] == "longrope":
+        original = rope["original_max_position_embeddings"]
+        found.append(
+            f"the rope has factors for up to {original:,} tokens and others beyond; transformers chooses by the text's "
+            "length, llama.cpp by the context that it is opened with: open it with at most "
+            f"{original:,} for texts that fit"
+        )
+    return found
 
 
-def rope_factors(model: ModelFacts) -> list[float] | None:
-    """Divisors of the head_dim / 2 rope frequencies, for `rope_freqs.weight`; None where all are 1.
+def rope_factors(model: ModelFacts) -> dict[str, list[float]]:
+    """Tensor name -> divisors of the rotary_dim / 2 rope frequencies; empty where all are 1."""
+    rope = _rope(model)
+    match rope["rope_type"]:
+        case "llama3":
+            return {"rope_freqs.weight": _llama3_factors(model, rope)}
+        case "longrope":
+            return {
+                f"rope_factors_{length}.weight": [
+                    float(factor) for factor in rope[f"{length}_factor"]
+                ]
+                for length in ("long", "short")
+            }
+        case _:
+            return {}
 
-    Llama 3.1's rule, as transformers' `_compute_llama3_parameters` computes it: short wavelengths
+
+def _llama3_factors(model: ModelFacts, rope: Mapping[str, Any]) -> list[float]:
+    """Llama 3.1's rule, as transformers' `_compute_llama3_parameters` computes it: short wavelengths
     are kept, long ones divided by `factor`, and between them the frequency is interpolated.
     """
-    rope = _rope(model)
-    if rope["rope_type"] != "llama3":
-        return None
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     original = rope["original_max_position_embeddings"]
     factors: list[float] = []
@@ -104,23 +132,28 @@ def rope_factors(model: ModelFacts) -> list[float] | None:
     return factors
 
 
-def _rope_scaling(model: ModelFacts) -> dict[str, Value]:
+def _rope_scaling(model: ModelFacts, facts: ExportFacts) -> dict[str, Value]:
     rope = _rope(model)
     match rope["rope_type"]:
-        case "default" | "llama3":
+        case "default":
             return {}
+        case "llama3" if facts.architecture in _WITH_DIVISORS:
+            return {}  # the divisors are a tensor
         case "linear":
             return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
         case "yarn":
             return _yarn(model, rope)
+        case "longrope" if facts.architecture in _WITH_LONGROPE:
+            return _longrope(model, rope)
         case "dynamic":
             # transformers rescales only beyond max_position_embeddings, which is written as the
             # context length: within it this is the unscaled rope, exactly.
             return {}
         case other:
             raise UnsupportedError(
-                f"rope type {other!r} is not written to GGUF; default, linear, llama3, dynamic and "
-                "yarn are. Export as safetensors."
+                f"rope type {other!r} is not written to GGUF for the architecture {facts.architecture!r}; default, "
+                f"linear, dynamic and yarn are for all, llama3 for {', '.join(sorted(_WITH_DIVISORS))}, longrope for "
+                f"{', '.join(sorted(_WITH_LONGROPE))}. Export as safetensors."
             )
 
 
@@ -145,6 +178,20 @@ def _yarn(model: ModelFacts, rope: Mapping[str, Any]) -> dict[str, Value]:
     return keys
 
 
+def _longrope(model: ModelFacts, rope: Mapping[str, Any]) -> dict[str, Value]:
+    """The factors themselves are tensors. `rope.scaling.factor` stays away: it would divide every position."""
+    original = rope["original_max_position_embeddings"]
+    scale = rope.get("factor") or model.max_positions / original
+    attention = rope.get("attention_factor")
+    if attention is None:  # arXiv:2402.13753 appendix; transformers' `_compute_longrope_parameters`
+        attention = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+    return {
+        "rope.scaling.type": "longrope",
+        "rope.scaling.original_context_length": int(original),
+        "rope.scaling.attn_factor": float(attention),
+    }
+
+
 def _yarn_attention(rope: Mapping[str, Any], factor: float) -> float:
     """The factor on cos and sin, as transformers' `_compute_yarn_parameters` computes it."""
 
@@ -158,22 +205,38 @@ def _yarn_attention(rope: Mapping[str, Any], factor: float) -> float:
     return scale(1.0)
 
 
+def _epsilon(model: ModelFacts, facts: ExportFacts) -> dict[str, Value]:
+    """Of RMS norms, unless the family names another key for it."""
+    if "norm_eps" in facts.metadata.values():
+        return {}
+    return {"attention.layer_norm_rms_epsilon": model.norm_eps}
+
+
 def _rope(model: ModelFacts) -> Mapping[str, Any]:
     """The rope of the full-attention layers; a family names further ones in its metadata."""
     return model.rope.get("full_attention", model.rope)
 
 
 def _refuse_inexpressible(model: ModelFacts, facts: ExportFacts) -> None:
+    local = model.rope.get("sliding_attention", {}).get("rope_type", "default")
+    if local != "default":
+        raise UnsupportedError(
+            f"rope type {local!r} in the windowed layers is not written to GGUF: llama.cpp scales the rope of the "
+            "others alone. Export as safetensors."
+        )
     named = {source for source in facts.metadata.values() if isinstance(source, str)}
     taken = {
+        "activation": None if "mlp" in model.own else "silu",
         "attention_softcap": None,
         "logit_softcap": None,
         "logit_divisor": 1.0,
         "residual_scale": 1.0,
         "attention_scale": model.head_dim**-0.5,
+        "rotary_dim": model.head_dim,
+        "window_rope_theta": float(_rope(model)["rope_theta"]),
     } | {field: implied(model) for field, implied in facts.implied.items()}
     for field, usual in taken.items():
-        value = getattr(model, field)
+        value = _read(model, field)
         if value != usual and field not in named:
             raise UnsupportedError(
                 f"the model has {field}={value}, for which the family's GGUF architecture "

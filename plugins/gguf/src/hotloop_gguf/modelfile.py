@@ -73,4 +73,5 @@ def _sampling(generation: dict[str, Any]) -> list[tuple[str, Any]]:
     if not generation.get("do_sample"):
         return []
     found = [(name, generation.get(key)) for key, name in _PARAMETERS.items()]
-    return [(name, value) for name, value in found if value is not None]
+    # Numbers alone: a text could bring lines of its own.
+    return [(name, value) for name, value in found if isinstance(value, int | float)]

@@ -7,7 +7,8 @@ tokenizer's own ids on all of them.
 
 A candidate is a list of patterns, applied one after another to what the one before left, as
 `src/llama-vocab.cpp` of llama.cpp lists them. Python's `re` has no \p{L}; but the texts are finite, so
-a class is spelt out as those of their characters that are in it.
+a class is spelt out as those of their characters that are in it. So is white space, to which `re` counts
+the separators U+001C to U+001F, and Unicode does not.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ _DEEPSEEK = (
     rf"{_ASCII_SYMBOLS}[A-Za-z]+|[^\r\n\p{{L}}\p{{P}}\p{{S}}]?[\p{{L}}\p{{M}}]+"
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_END}"
 )
+
+
+_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,14 @@ def find(
     tokenize: Callable[[str], list[int]],
     *,
     ordinary: Iterable[str],
+    added: Mapping[str, int],
 ) -> str:
     """The name of the pre-tokenizer.
 
     vocabulary: token -> id, byte-level characters. merges: pairs, best first. tokenize: the
     tokenizer itself, without special tokens. ordinary: tokens that are not added ones; those on
     which candidates differ are probed too, since only they show a difference in this vocabulary.
+    added: text -> id of added tokens, which are cut out of a text before it is split.
 
     Raises:
         UnsupportedError: no candidate gives the tokenizer's ids.
@@ -125,7 +131,13 @@ def find(
     for candidate in CANDIDATES:
         patterns = _compiled(candidate.patterns, characters)
         for text, expected in zip(texts, truth, strict=True):
-            if bpe.encode(split(patterns, text), candidate.ignore_merges) != expected:
+            ids: list[int] = []
+            for part in _apart(added, text):
+                if part in added:
+                    ids.append(added[part])
+                else:
+                    ids += bpe.encode(split(patterns, part), candidate.ignore_merges)
+            if ids != expected:
                 first_difference[candidate.name] = text
                 break
         else:
@@ -139,6 +151,15 @@ def find(
         "on. Export as safetensors, or use a tokenizer of a known kind. If you changed "
         "the tokenizer after training, export with the one that it was trained with."
     )
+
+
+def _apart(added: Mapping[str, int], text: str) -> list[str]:
+    """The added tokens in a text, of those that overlap the longest, and what is between them."""
+    if not added:
+        return [text]
+    longest_first = sorted(added, key=len, reverse=True)
+    parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+    return [part for part in parts if part]
 
 
 def split(patterns: Sequence[re.Pattern[str]], text: str) -> list[str]:
@@ -176,8 +197,11 @@ def _spelt_out(pattern: str, characters: str) -> str:
     out: list[str] = []
     inside = False
     for token in re.findall(r"\\p\{\w+\}|\\.|.", pattern, flags=re.DOTALL):
-        if token.startswith(r"\p{"):
-            members = _members(token[3:-1], characters)
+        if token == r"\S":
+            out.append(f"[^{_SPACE}]")
+            continue
+        if token.startswith(r"\p{") or token == r"\s":
+            members = _SPACE if token == r"\s" else _members(token[3:-1], characters)
             out.append(members if inside else f"[{members}]")
             continue
         inside = (inside or token == "[") and token != "]"

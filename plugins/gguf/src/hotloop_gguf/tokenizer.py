@@ -101,8 +101,36 @@ class Tokenizer:
             self._id(self.config.get("eos_token")),
             *(ends if isinstance(ends, list) else [ends]),
         ]
-        texts = [self.tokens[id_] for id_ in ids if id_ is not None and id_ < len(self.tokens)]
+        texts = [self.tokens[id_] for id_ in ids if id_ in range(len(self.tokens))]
         return [text for text in dict.fromkeys(texts) if text]
+
+    @property
+    def notes(self) -> list[str]:
+        """What llama.cpp does otherwise with added tokens than the tokenizer."""
+        greedy = [
+            token["content"]
+            for token in self._added.values()
+            if token.get("lstrip") or token.get("rstrip") or token.get("single_word")
+        ]
+        marked = [
+            token["content"]
+            for token in self._added.values()
+            if self._model.get("byte_fallback") and token.get("normalized") and not token["special"]
+        ]
+        found: list[str] = []
+        if greedy:
+            found.append(
+                f"{len(greedy)} added tokens, the first is {greedy[0]!r}, take the white space beside them with them "
+                "or are found as whole words only; llama.cpp does that only for files with phi-3 in their name, so "
+                "where one stands beside a space or inside a word it gives other ids"
+            )
+        if marked:
+            found.append(
+                f"{len(marked)} added tokens, the first is {marked[0]!r}, are normalised like text before they are "
+                "looked for; llama.cpp looks for them as they are, so where one stands beside a space it may give "
+                "other ids"
+            )
+        return found
 
     def metadata(
         self, rows: int, tokenize: Callable[[str], list[int]], chat_template: str | None
@@ -147,10 +175,9 @@ class Tokenizer:
 
     def _byte_level(self, tokenize: Callable[[str], list[int]]) -> dict[str, Value]:
         vocabulary: dict[str, int] = self._model["vocab"]
-        special = {token["content"] for token in self._added.values()}
-        pre = pretokenizers.find(
-            vocabulary, self.merges, tokenize, ordinary=[t for t in vocabulary if t not in special]
-        )
+        added = {token["content"]: id_ for id_, token in self._added.items() if token["content"]}
+        ordinary = [token for token in vocabulary if token not in added]
+        pre = pretokenizers.find(vocabulary, self.merges, tokenize, ordinary=ordinary, added=added)
         return {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": pre,
@@ -230,7 +257,9 @@ class Tokenizer:
         """
         ends = self.generation.get("eos_token_id")
         for id_ in ends if isinstance(ends, list) else [ends]:
-            if id_ not in (None, eos) and self.tokens[id_] not in _KNOWN_ENDS:
+            if id_ is None or id_ == eos or id_ not in range(len(self.tokens)):
+                continue  # a padded row ends nothing
+            if self.tokens[id_] not in _KNOWN_ENDS:
                 return id_
         return None
 

@@ -41,6 +41,7 @@ GLM4_LAYER = replace(
 
 _KEYS = ConfigKeys(
     defaults={
+        "hidden_act": "silu",
         "num_key_value_heads": 2,
         "head_dim": 128,
         "rms_norm_eps": 1.5625e-07,
@@ -49,18 +50,11 @@ _KEYS = ConfigKeys(
         "partial_rotary_factor": 0.5,
     }
 )
-GLM4_GGUF = ExportFacts(
-    architecture="glm4",
-    metadata={"rope.dimension_count": "rotary_dim"},
-    implied={"activation": lambda _: "silu"},
-)
+GLM4_GGUF = ExportFacts(architecture="glm4", metadata={"rope.dimension_count": "rotary_dim"})
 CHATGLM_GGUF = replace(
     GLM4_GGUF,
     architecture="chatglm",
-    implied={
-        **GLM4_GGUF.implied,
-        "head_dim": lambda model: model.hidden_size // model.heads,
-    },
+    implied={"head_dim": lambda model: model.hidden_size // model.heads},
 )
 
 GLM = FamilySpec(

@@ -37,6 +37,7 @@ GRANITE = FamilySpec(
         attention_scale="attention_multiplier",
         residual_scale="residual_multiplier",
         logit_divisor="logits_scaling",
+        defaults={"hidden_act": "silu", "attention_multiplier": 1.0},
     ),
     # llama.cpp rotates even/odd pairs for this architecture: q and k rows are reordered to match.
     exports={

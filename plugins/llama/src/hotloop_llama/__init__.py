@@ -5,6 +5,7 @@ from __future__ import annotations
 from hotloop_core import (
     API,
     Attention,
+    ConfigKeys,
     ExportFacts,
     FamilySpec,
     Glu,
@@ -31,6 +32,7 @@ LLAMA = FamilySpec(
     name="llama",
     model_types=frozenset({"llama"}),
     layer=LLAMA_LAYER,
+    keys=ConfigKeys(defaults={"hidden_act": "silu"}),
     # llama.cpp rotates even/odd pairs for this architecture: q and k rows are reordered to match.
     exports={
         "gguf": ExportFacts(

@@ -33,7 +33,12 @@ MISTRAL_GGUF = ExportFacts(
     metadata={"rope.dimension_count": "head_dim", "vocab_size": "vocab_size"},
 )
 
-_DEFAULTS = {"sliding_window": 4096, "max_position_embeddings": 131072}
+_DEFAULTS = {
+    "hidden_act": "silu",
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+    "max_position_embeddings": 131072,
+}
 
 MISTRAL = FamilySpec(
     api=API,

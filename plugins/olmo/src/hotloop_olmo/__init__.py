@@ -45,7 +45,6 @@ OLMO_LAYER = LayerSpec(
 OLMO2_GGUF = ExportFacts(
     architecture="olmo2",
     implied={
-        "activation": lambda _: "silu",
         "head_dim": lambda model: model.hidden_size // model.heads,
         "tied": lambda _: False,
         "qkv_bias": lambda _: False,
@@ -68,12 +67,14 @@ OLMO3_GGUF = replace(
     implied={**OLMO2_GGUF.implied, "windowed": _gguf_windowed},
 )
 
+_DEFAULTS = {"hidden_act": "silu", "rms_norm_eps": 1e-5}
+
 OLMO2 = FamilySpec(
     api=API,
     name="olmo2",
     model_types=frozenset({"olmo2"}),
     layer=OLMO_LAYER,
-    keys=ConfigKeys(defaults={"rms_norm_eps": 1e-5}),
+    keys=ConfigKeys(defaults=_DEFAULTS),
     exports={"gguf": OLMO2_GGUF},
     examples=("OLMo 2 1B, 7B, 13B, 32B",),
 )
@@ -86,7 +87,12 @@ OLMO3 = FamilySpec(
     keys=ConfigKeys(
         window="sliding_window",
         window_pattern=4,
-        defaults={"rms_norm_eps": 1e-5, "sliding_window": 4096},
+        defaults={
+            **_DEFAULTS,
+            "sliding_window": 4096,
+            "rope_theta": 5e5,
+            "rope_local_base_freq": 5e5,
+        },
     ),
     exports={"gguf": OLMO3_GGUF},
     examples=("OLMo 3 7B, 32B",),

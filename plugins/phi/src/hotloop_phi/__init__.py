@@ -30,7 +30,12 @@ PHI3 = FamilySpec(
         window="sliding_window",
         layer_types=None,
         refused={"resid_pdrop": "each block's output is dropped out before it is added"},
-        defaults={"max_position_embeddings": 4096},
+        defaults={
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0,
+        },
     ),
     # Beside the window, which llama.cpp reads and leaves at that, the rest is as transformers has it.
     exports={
@@ -41,10 +46,7 @@ PHI3 = FamilySpec(
                 "rope.scaling.original_context_length": "config.original_max_position_embeddings",
                 "attention.sliding_window": "window",
             },
-            implied={
-                "activation": lambda _: "silu",
-                "head_dim": lambda model: model.hidden_size // model.heads,
-            },
+            implied={"head_dim": lambda model: model.hidden_size // model.heads},
         )
     },
     examples=("Phi-3 mini, medium", "Phi-3.5 mini", "Phi-4 14B", "Phi-4-mini"),

@@ -51,7 +51,13 @@ _WINDOW: dict[str, Any] = {
     "use_window": "use_sliding_window",
     "window_start": "max_window_layers",
 }
-_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768}
+_DEFAULTS = {
+    "hidden_act": "silu",
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+    "max_position_embeddings": 32768,
+}
 
 QWEN2 = FamilySpec(
     api=API,
@@ -59,7 +65,12 @@ QWEN2 = FamilySpec(
     model_types=frozenset({"qwen2"}),
     layer=QWEN2_LAYER,
     keys=ConfigKeys(**_WINDOW, defaults=_DEFAULTS),
-    exports={"gguf": ExportFacts(architecture="qwen2")},
+    exports={
+        "gguf": ExportFacts(
+            architecture="qwen2",
+            implied={"head_dim": lambda model: model.hidden_size // model.heads},
+        )
+    },
     examples=("Qwen 1.5", "Qwen 2", "Qwen 2.5", "QwQ", "DeepSeek-R1-Distill-Qwen"),
 )
 
@@ -69,7 +80,12 @@ QWEN3 = FamilySpec(
     model_types=frozenset({"qwen3"}),
     layer=QWEN3_LAYER,
     keys=ConfigKeys(**_WINDOW, defaults={**_DEFAULTS, "head_dim": 128}),
-    exports={"gguf": ExportFacts(architecture="qwen3")},
+    exports={
+        "gguf": ExportFacts(
+            architecture="qwen3",
+            implied={"qkv_bias": lambda _: False, "o_bias": lambda _: False},
+        )
+    },
     examples=("Qwen 3, dense: 0.6B to 32B",),
 )
 

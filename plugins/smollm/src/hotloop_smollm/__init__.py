@@ -9,6 +9,7 @@ from hotloop_core import (
     API,
     Attention,
     ConfigKeys,
+    ExportFacts,
     FamilySpec,
     Glu,
     LayerSpec,
@@ -17,6 +18,7 @@ from hotloop_core import (
 )
 
 if TYPE_CHECKING:
+    from hotloop_core import ModelFacts
     from hotloop_core.family import Config
 
 _ATTENTION = Attention(
@@ -43,6 +45,12 @@ def _layer(config: Config, index: int) -> LayerSpec:
     return ROTATED if rotary else UNROTATED
 
 
+def _gguf_rotated(model: ModelFacts) -> list[int]:
+    """llama.cpp leaves out every fourth rotation, and has no key for another pattern."""
+    beyond = model.config.get("no_rope_layers", ())[model.layers :]
+    return [*(int((i + 1) % 4 != 0) for i in range(model.layers)), *beyond]
+
+
 SMOLLM3 = FamilySpec(
     api=API,
     name="smollm3",
@@ -52,12 +60,28 @@ SMOLLM3 = FamilySpec(
         window="sliding_window",
         use_window="use_sliding_window",
         defaults={
+            "hidden_act": "silu",
+            "rope_theta": 2e6,
             "no_rope_layer_interval": 4,
             "tie_word_embeddings": True,
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,
         },
     ),
+    # llama.cpp rotates even/odd pairs for this architecture: q and k rows are reordered to match.
+    exports={
+        "gguf": ExportFacts(
+            architecture="smollm3",
+            transforms={"q": "rope_interleave_q", "k": "rope_interleave_k"},
+            metadata={"rope.dimension_count": "head_dim", "vocab_size": "vocab_size"},
+            implied={
+                "qkv_bias": lambda _: False,
+                "o_bias": lambda _: False,
+                "mlp_bias": lambda _: False,
+                "config.no_rope_layers": _gguf_rotated,
+            },
+        )
+    },
     examples=("SmolLM3 3B",),
 )
 

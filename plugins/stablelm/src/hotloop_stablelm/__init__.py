@@ -40,7 +40,13 @@ STABLELM = FamilySpec(
             "qk_layernorm": "each head of q and k has a LayerNorm of its own (StableLM 2 12B)",
             "hidden_dropout": "the MLP's output is dropped out",
         },
-        defaults={"partial_rotary_factor": 0.25},
+        defaults={
+            "hidden_act": "silu",
+            "layer_norm_eps": 1e-5,
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 4096,
+            "partial_rotary_factor": 0.25,
+        },
     ),
     exports={
         "gguf": ExportFacts(
@@ -50,7 +56,6 @@ STABLELM = FamilySpec(
                 "rope.dimension_count": "rotary_dim",
             },
             implied={
-                "activation": lambda _: "silu",
                 "head_dim": lambda model: model.hidden_size // model.heads,
                 "tied": lambda _: False,
             },

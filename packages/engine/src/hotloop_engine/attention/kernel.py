@@ -26,12 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hotloop_engine.ops.kernel import FUSED, INTERPRETED
+
 if TYPE_CHECKING:
     from .interface import Options
     from .sequences import Sequences
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
-"""True where kernels run in Triton's interpreter, on CPU tensors."""
+QUICK_CAP = 1000.0
+"""Up to this soft cap 16-bit inputs take the quick tanh, whose error of 1e-7 is multiplied by the cap."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -58,7 +60,7 @@ def _tanh(x, EXACT: tl.constexpr):
     """tanh, exact to a few units in the last place, or to 1e-7 of one, at a quarter of the cost.
 
     A score is the cap times this and enters p by its difference, so the second is what counts: at a
-    cap of 50 it moves p by 6e-6 of itself, where 16-bit inputs move it by 4e-3.
+    cap of 50 it moves p by 6e-6 of itself, where 16-bit inputs move it by 4e-3. See `QUICK_CAP`.
     """
     if EXACT:
         square = x * x
@@ -89,11 +91,11 @@ def _tile(
 @triton.jit
 def _scores(
     u, i, j, scale, cap,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Returns scores in base 2, -inf where j is not visible from i, and the cap's derivative."""
-    if CAP:
-        t = _tanh(u * (scale / cap), EXACT)
+    if CAP != "":
+        t = _tanh(u * (scale / cap), CAP == "exact")
         s = t * (cap * LOG2E)
         derivative = 1 - t * t
     else:
@@ -120,9 +122,7 @@ def _attend(
         j = first + tl.arange(0, N)
         k = _tile(k_base, j, columns, k_stride, length, K, K2, MASKED)
         u = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s, _ = _scores(
-            u, i[:, None], j[None, :], scale, cap, WINDOW, CAP, MASKED, q.dtype == tl.float32
-        )
+        s, _ = _scores(u, i[:, None], j[None, :], scale, cap, WINDOW, CAP, MASKED)
         m_new = tl.maximum(m, tl.max(s, 1))
         shift = m_new
         if MASKED:  # a row that has seen no key yet: -inf - -inf would be NaN
@@ -222,9 +222,7 @@ def _collect_dq(
         k = _tile(k_base, j, columns, k_stride, length, K, K2, MASKED)
         v = _tile(v_base, j, columns, v_stride, length, K, K2, MASKED)
         u = tl.dot(q, tl.trans(k), input_precision="ieee")
-        s, derivative = _scores(
-            u, i[:, None], j[None, :], scale, cap, WINDOW, CAP, MASKED, q.dtype == tl.float32
-        )
+        s, derivative = _scores(u, i[:, None], j[None, :], scale, cap, WINDOW, CAP, MASKED)
         p = tl.exp2(s - lse[:, None])
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         du = p * (dp - delta[:, None]) * derivative
@@ -295,9 +293,7 @@ def _collect_dkv(
             lse = tl.load(lse_base + i) * LOG2E
             delta = tl.load(delta_base + i)
         u = tl.dot(k, tl.trans(q), input_precision="ieee")
-        s, derivative = _scores(
-            u, i[None, :], j[:, None], scale, cap, WINDOW, CAP, MASKED, q.dtype == tl.float32
-        )
+        s, derivative = _scores(u, i[None, :], j[:, None], scale, cap, WINDOW, CAP, MASKED)
         p = tl.exp2(s - lse[None, :])
         if WANT_DV:
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
@@ -405,7 +401,7 @@ def attention_backward(
     delta_HT = torch.empty_like(lse_HT)
     _delta[triton.cdiv(tokens, 64), heads](
         do_THK, o_THK, delta_HT, tokens, *_strides(do_THK, o_THK),
-        K=constants["K"], K2=constants["K2"], M=64,
+        K=constants["K"], K2=constants["K2"], M=64, **FUSED,
     )  # fmt: skip
     launch = launches(head_size, q_THK.element_size(), _is_hopper(q_THK.device))
     common = (q_THK, k_TGK, v_TGK, do_THK, lse_HT, delta_HT)
@@ -431,17 +427,19 @@ def _strides(*tensors_TXK: Tensor) -> list[int]:
 
 def _constants(
     q_THK: Tensor, k_TGK: Tensor, sequences: Sequences, options: Options
-) -> dict[str, int | float | bool]:
-    head_size = q_THK.shape[2]
+) -> dict[str, int | float | str]:
+    head_size, cap = q_THK.shape[2], options.softcap
+    exact = cap is not None and (cap > QUICK_CAP or q_THK.dtype == torch.float32)
     return {
         "scale": options.scale,
-        "cap": options.softcap or 1.0,
+        "cap": cap or 1.0,
         "GROUP": q_THK.shape[1] // k_TGK.shape[1],
         "K": head_size,
         "K2": max(16, triton.next_power_of_2(head_size)),
         "WINDOW": options.window or 0,
-        "CAP": options.softcap is not None,
+        "CAP": "" if cap is None else "exact" if exact else "quick",
         "STEPS": (sequences.count - 1).bit_length(),
+        **FUSED,
     }
 
 

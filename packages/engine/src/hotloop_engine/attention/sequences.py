@@ -120,15 +120,17 @@ class Sequences:
         Empty sequences are dropped.
 
         Raises:
-            DataError: the offsets do not start at 0, fall, or end elsewhere than at `tokens`: cut offsets would
-                let rows see each other.
+            DataError: the offsets are no integers, do not start at 0, fall, or end elsewhere than at `tokens`:
+                cut offsets would let rows see each other.
 
         """
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
             raise DataError(
                 f"cu_seqlens has shape {tuple(cu_seqlens.shape)}; expected one dimension."
             )
-        offsets = cu_seqlens.cpu().numpy()
+        if cu_seqlens.is_floating_point() or cu_seqlens.is_complex():
+            raise DataError(f"cu_seqlens are {cu_seqlens.dtype}; expected integers.")
+        offsets = cu_seqlens.cpu().numpy().astype(np.int64)  # unsigned ones cannot fall
         falls = bool((np.diff(offsets) < 0).any())
         if offsets[0] != 0 or falls or offsets[-1] != tokens:
             raise DataError(

@@ -164,9 +164,8 @@ class AttentionBlock:
 
     def _attend(self, saved: Saved) -> Tensor:
         q, k, v, _ = self._rotated(saved["qkv"])
-        o_THK, lse = self.attend.forward(q, k, v)
-        saved["attention"] = (o_THK, lse)
-        return self._output(o_THK)
+        saved["attention"] = self.attend.forward(q, k, v)
+        return self._output(saved["attention"][0])
 
     def _output(self, o_THK: Tensor) -> Tensor:
         """What the output projection reads, from attention over values without their bias."""
@@ -228,14 +227,14 @@ class AttentionBlock:
 
     def _attend_backward(self, do_TN: Tensor, saved: Saved, sink: GradientSink) -> Tensor:
         """The gradient of the projections' outputs, in the group's wide layout."""
-        qkv, (o_THK, lse) = saved.pop("qkv"), saved.pop("attention")
+        qkv, kept = saved.pop("qkv"), saved.pop("attention")
         q, k, v, statistics = self._rotated(qkv)
         if self.nf4_kv:
             # Probabilities and outputs of the rounded keys and values: against the exact ones rows of probabilities
             # would not sum to one, and the gradients of q and k, which are differences, would be mostly that error.
-            o_THK, lse = self.attend.forward(q, k, v)
-        dq, dk, dv = self.attend.backward(do_TN.view(o_THK.shape), q, k, v, (o_THK, lse))
-        del do_TN, o_THK, lse, q, k, v
+            kept = self.attend.forward(q, k, v)
+        dq, dk, dv = self.attend.backward(do_TN.view(q.shape), q, k, v, kept)
+        del do_TN, kept, q, k, v
         # Backends write their gradients where they like; the rotation moves them to where the GEMM wants them, which
         # is over the projections themselves, unless its norms still need these.
         wide = self.qkv.wide(qkv.shape[0], backward=True) if self.rotation.norms else qkv

@@ -13,6 +13,9 @@ from hotloop_core.errors import UnsupportedError
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True where kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 at import)."""
 
+FUSED = {"enable_fp_fusion": True}
+"""For every launch that says nothing else: more exact, and Triton's default differs between versions."""
+
 
 @triton.jit
 def wide(x):
@@ -55,7 +58,7 @@ def row_tile(columns: int, elements_per_thread: int) -> RowTile:
             f"a Triton row kernel takes at most 65,536 columns, got {columns}; "
             'pass impl="reference".'
         )
-    width = triton.next_power_of_2(columns)
+    width = triton.next_power_of_2(max(1, columns))
     rows = max(1, 2048 // width)
     return RowTile(rows, width, min(32, rows * width // (32 * elements_per_thread)))
 

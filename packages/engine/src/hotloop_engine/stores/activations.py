@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from hotloop_core.errors import PlanError
 
 from .arena import Arena, Place
-from .host import orderly
-from .links import Link, Stopwatch, Stream, as_rows, link_to
+from .links import Link, Stream, as_rows
+from .store import Store
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ class _Held(NamedTuple):
     sent: Any
 
 
-class HostActivationStore:
+class HostActivationStore(Store):
     """An ActivationStore in page-locked host memory: copies run beside the computation, ordered by events alone.
 
     Nothing here waits on the host, except that a batch which needs more than `capacity` locks further memory. A tensor
@@ -90,12 +90,13 @@ class HostActivationStore:
     device: cuda, or cpu for tests.
     capacity: bytes of host memory, locked at the first put and kept.
     ahead: bytes of device memory that tensors under way may hold: those going out (beyond it, the caller's stream
-    waits for the oldest copy) and those coming back before they were asked for.
+    waits for the oldest copy) and those coming back before they were asked for. One each way always may, whatever its
+    size: to wait for it at once would be no overlap at all.
     timing: measure copies and waits with events.
     link: streams to share with another store.
     """
 
-    _link: Link | None = None
+    closed = "the activation store was closed; make another"
 
     def __init__(
         self,
@@ -108,17 +109,14 @@ class HostActivationStore:
     ) -> None:
         if capacity < 0 or ahead < 0:
             raise PlanError(f"capacity={capacity}, ahead={ahead}: expected bytes, 0 or more")
-        self._link = link_to(device) if link is None else link
+        super().__init__(device, link, timing=timing)
         self._ahead = ahead
-        self._arena = Arena(self._link.device, capacity)
+        self._arena = Arena(self._open().device, capacity)
         self._away: dict[int, _Away] = {}  # by serial number, so in the order of put
         self._returned: deque[int] = deque()  # serial numbers of tickets that are gone
         self._held: deque[_Held] = deque()
         self._held_bytes = self._fetched_bytes = self._waiting_bytes = 0
         self._tensors = self._bytes_out = self._bytes_back = self._peak = self._stalls = 0
-        self._timing = timing
-        self._copies = Stopwatch(self._link, on=timing)
-        self._waits = Stopwatch(self._link, on=timing)
 
     def put(self, x: Tensor) -> Ticket:
         """Takes x away, whatever its shape, dtype and strides.
@@ -149,7 +147,7 @@ class HostActivationStore:
         self._bytes_out += x.nbytes
         self._held.append(_Held(x, current, away.sent))
         self._held_bytes += x.nbytes
-        while self._held_bytes > self._ahead:
+        while self._held_bytes > self._ahead and len(self._held) > 1:
             self._let_go()
         return ticket
 
@@ -183,7 +181,7 @@ class HostActivationStore:
             one = self._away[before]
             if before > serial or one.tensor is not None:
                 continue
-            if self._fetched_bytes + one.nbytes > self._ahead:
+            if self._fetched_bytes and self._fetched_bytes + one.nbytes > self._ahead:
                 break
             self._fetch(one)
         return tensor
@@ -210,30 +208,16 @@ class HostActivationStore:
             reserved_bytes=self._arena.reserved,
             grown=self._arena.grown,
             stalls=self._stalls,
-            copy_ms=self._copies.milliseconds() if self._timing else None,
-            wait_ms=self._waits.milliseconds() if self._timing else None,
+            copy_ms=self._copies.milliseconds(),
+            wait_ms=self._waits.milliseconds(),
         )
 
-    def close(self) -> None:
-        """Waits for the copies and gives all memory back; tickets that are out become worthless."""
-        if self._link is None:
-            return
-        self._link.synchronize()
-        self._link = None
+    def _drop(self) -> None:
+        """Tickets that are out become worthless."""
         self._away.clear()
         self._held.clear()
         self._held_bytes = self._fetched_bytes = self._waiting_bytes = 0
         del self._arena
-
-    def __del__(self) -> None:
-        # Copies under way write to device memory that would be another's as soon as it is dropped.
-        if orderly():
-            self.close()
-
-    def _open(self) -> Link:
-        if self._link is None:
-            raise PlanError("the activation store was closed; make another")
-        return self._link
 
     def _find(self, ticket: Ticket) -> tuple[int, _Away]:
         self._open()
@@ -248,16 +232,6 @@ class HostActivationStore:
                 "through one forward (a retained graph). Run forward again, or add the losses before one backward."
             )
         return ticket.serial, away
-
-    def _copy(self, target: Tensor, source: Tensor, stream: Stream) -> None:
-        started = self._copies.start(stream)
-        self._open().copy(target, source, stream)
-        self._copies.stop(started, stream)
-
-    def _wait(self, stream: Stream, event: Any) -> None:
-        started = self._waits.start(stream)
-        stream.wait_event(event)
-        self._waits.stop(started, stream)
 
     def _let_go(self) -> None:
         """Drops the oldest tensor on its way out, once its memory can be used again in its stream's order."""

@@ -211,7 +211,7 @@ def as_rows(x: Tensor) -> Rows | None:
 
 
 class Stopwatch:
-    """Milliseconds that streams spend in pieces of work. Off, it records nothing."""
+    """Milliseconds that streams spend in pieces of work. Off, it records nothing and knows none."""
 
     def __init__(self, link: Link, *, on: bool) -> None:
         self._link, self._on = link, on
@@ -230,12 +230,12 @@ class Stopwatch:
         while len(self._open) > 256 and self._open[0][1].query():  # never read, it must not grow
             self._close()
 
-    def milliseconds(self) -> float:
-        """Of all pieces so far; waits for those that are not over yet."""
+    def milliseconds(self) -> float | None:
+        """Of all pieces so far; waits for those that are not over yet. None where it is off."""
         while self._open:
             self._open[0][1].synchronize()
             self._close()
-        return self._total
+        return self._total if self._on else None
 
     def _close(self) -> None:
         started, stopped = self._open.popleft()

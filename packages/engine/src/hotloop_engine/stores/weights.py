@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from hotloop_core.errors import PlanError
 
-from .host import HostBuffer, aligned, orderly
-from .links import Link, Stopwatch, Stream, link_to
+from .host import HostBuffer, aligned
+from .store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
+
+    from .links import Link, Stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +58,7 @@ class _Slot:
     arrived: Any = None
 
 
-class StreamedWeights:
+class StreamedWeights(Store):
     """A WeightStore: each layer in one page-locked buffer, and `slots` buffers on the device that they take turns in.
 
     Layer i always goes to slot i % slots, so the addresses of its tensors never change. The tensors must not be written
@@ -73,7 +75,7 @@ class StreamedWeights:
         BudgetError: the host cannot lock memory for a layer.
     """
 
-    _link: Link | None = None
+    closed = "the weight store was closed; load the model again"
 
     def __init__(
         self,
@@ -88,15 +90,12 @@ class StreamedWeights:
             raise PlanError(
                 f"slots={slots}: expected 1 or more; with 2, a layer travels while another is used"
             )
-        self._link = link_to(device) if link is None else link
+        super().__init__(device, link, timing=timing)
         self._count = slots
         self._layers: list[_Layer] = []
         self._slots: list[_Slot] = []
         self._views: list[tuple[Tensor, ...]] = []
         self._loads = self._bytes_back = self._stalls = 0
-        self._timing = timing
-        self._copies = Stopwatch(self._link, on=timing)
-        self._waits = Stopwatch(self._link, on=timing)
         for tensors in layers:
             self.add_layer(tensors)
 
@@ -149,9 +148,7 @@ class StreamedWeights:
         if slot.layer != index:
             self._stalls += 1
             self._load(index, current)
-        started = self._waits.start(current)
-        current.wait_event(slot.arrived)
-        self._waits.stop(started, current)
+        self._wait(current, slot.arrived)
         if next_index is not None:
             self._layer(next_index)
             other = self._slots[next_index % self._count]
@@ -168,29 +165,15 @@ class StreamedWeights:
             loads=self._loads,
             bytes_back=self._bytes_back,
             stalls=self._stalls,
-            copy_ms=self._copies.milliseconds() if self._timing else None,
-            wait_ms=self._waits.milliseconds() if self._timing else None,
+            copy_ms=self._copies.milliseconds(),
+            wait_ms=self._waits.milliseconds(),
         )
 
-    def close(self) -> None:
-        """Waits for the copies and gives all memory back that no tensor of `host` or `views` still reads."""
-        if self._link is None:
-            return
-        self._link.synchronize()
-        self._link = None
+    def _drop(self) -> None:
+        """What `host` and `views` gave lives as long as somebody holds it."""
         self._layers.clear()
         self._slots.clear()
         self._views.clear()
-
-    def __del__(self) -> None:
-        # A copy under way writes to device memory that would be another's as soon as it is dropped.
-        if orderly():
-            self.close()
-
-    def _open(self) -> Link:
-        if self._link is None:
-            raise PlanError("the weight store was closed; load the model again")
-        return self._link
 
     def _layer(self, index: int) -> _Layer:
         if not 0 <= index < len(self._layers):
@@ -224,9 +207,7 @@ class StreamedWeights:
         link, layer, slot = self._open(), self._layers[index], self._slots[index % self._count]
         slot.layer = None  # neither the one nor the other, should the copy fail
         link.back.wait_event(current.record_event())  # the last use of what is there now
-        started = self._copies.start(link.back)
-        link.copy(slot.bytes[: layer.nbytes], layer.buffer.flat[: layer.nbytes], link.back)
-        self._copies.stop(started, link.back)
+        self._copy(slot.bytes[: layer.nbytes], layer.buffer.flat[: layer.nbytes], link.back)
         slot.arrived, slot.layer = link.back.record_event(), index
         self._loads += 1
         self._bytes_back += layer.nbytes

@@ -81,7 +81,7 @@ def export(
     spec = discover().exporter(
         format_
     )  # a misspelt format or quant is told before a model is loaded
-    quants = [spec.resolve(name.strip()) for name in quant.split(",")] if quant else None
+    quants = None if quant is None else [spec.resolve(name.strip()) for name in quant.split(",")]
     run = Path(source) / "recipe.yaml"
     if output is None and not run.is_file():
         raise ConfigError(
@@ -94,8 +94,16 @@ def export(
             "an adapter is checked on the GGUF of its base: "
             "hotloop.exporting.check.check_gguf(path, model, tokenizer, base=...)"
         )
+    # What can be refused is refused before an hour of work, not after it.
+    texts = _texts(check_text) if check else ()
+    if push is not None:
+        from hotloop.exporting.hub import require_name
+
+        require_name(push)
+    from hotloop.exporting.card import run_facts, write_card
     from hotloop.exporting.source import open_source
 
+    facts = run_facts(Path(source)) if run.is_file() else {}
     target = output or Path(source) / "export" / format_
     result: dict[str, Any] = {}
     if compare_bases:
@@ -108,11 +116,8 @@ def export(
         del both
     opened = open_source(source, base=base)
     report = _write(opened, target, format_, quants, imatrix, max_shard_size, device, overwrite)
-    checks = _check(opened, report, check_text) if check else []
+    checks = _check(opened, report, texts) if check else []
     files = [file.path for file in report.files]
-    from hotloop.exporting.card import run_facts, write_card
-
-    facts = {} if opened.run is None else run_facts(opened.run)
     card = write_card(target, report, facts, name=opened.name or Path(source).name)
     result |= {
         "format": report.format,
@@ -183,12 +188,28 @@ def _write(
     return report if opened.note is None else replace(report, notes=(*report.notes, opened.note))
 
 
-def _check(opened: Opened, report: ExportReport, text: Path | None) -> list[Check]:
-    from hotloop.exporting.check import TEXTS, check_gguf
+def _texts(file: Path | None) -> tuple[str, ...]:
+    """What to compare on: the paragraphs of `file`, or our own texts."""
+    from hotloop_core.errors import ConfigError
 
-    texts = TEXTS
-    if text is not None:
-        texts = tuple(p for p in text.read_text(encoding="utf-8").split("\n\n") if p.strip())
+    from hotloop.exporting.check import TEXTS, require_llama_cpp
+
+    require_llama_cpp()
+    if file is None:
+        return TEXTS
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--check-text {file} cannot be read as UTF-8 text: {error}") from error
+    texts = tuple(part for part in text.split("\n\n") if part.strip())
+    if not texts:
+        raise ConfigError(f"--check-text {file} holds no text; expected some paragraphs")
+    return texts
+
+
+def _check(opened: Opened, report: ExportReport, texts: tuple[str, ...]) -> list[Check]:
+    from hotloop.exporting.check import check_gguf
+
     models = [
         file.path
         for file in report.files

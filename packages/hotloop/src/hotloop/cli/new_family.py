@@ -35,8 +35,9 @@ def new_family(
 
 
 def _show(made: NewFamily) -> None:
-    console().print(f"wrote {made.directory}")
-    console().print("look at these before you rely on it:", *made.guess.notes, sep="\n  - ")
+    notes = ("look at these before you rely on it:", *made.guess.notes)
+    console().print(f"wrote {made.directory}", markup=False)
+    console().print(*notes, sep="\n  - ", markup=False, highlight=False)
     if made.kit is None:
         return
     verdict = f"{made.kit.passed} checks of the kit pass, {len(made.kit.failures)} do not"

@@ -90,14 +90,13 @@ def export(
         model = on_original(model)
         core = _base_model(model)
     spec = registry.match(core.config.to_dict(), family=family)
+    where = _device(device)
     write = _writer(exporter)
     target = _directory(Path(directory))
     template = getattr(tokenizer, "chat_template", None)
     with tempfile.TemporaryDirectory(prefix="hotloop-export-") as temporary:
         source = Path(temporary)
-        tensors, facts = _prepare(model, core, spec, contents, source, device)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(source)
+        tensors, facts = _prepare(model, core, spec, contents, source, where, tokenizer)
         request = ExportRequest(
             family=spec,
             facts=facts,
@@ -192,13 +191,31 @@ def _refuse_foreign_quantisation(base: Any) -> None:
         )
 
 
+def _device(asked: str | torch.device | None) -> torch.device | None:
+    import torch
+
+    if asked is None:
+        return None
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device={asked!r} is no device; expected such as 'cuda', 'cuda:1' or 'cpu'"
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={str(device)!r}, and torch sees {torch.cuda.device_count()} CUDA devices; leave device "
+            "out, or take another"
+        )
+    return device
+
+
 def _directory(directory: Path) -> Path:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ExportError(
-            f"cannot make {directory}: {error.strerror}. Choose another directory."
-        ) from error
+        why = "it is no directory" if isinstance(error, FileExistsError) else error.strerror
+        raise ExportError(f"cannot make {directory}: {why}. Choose another directory.") from error
     return directory
 
 
@@ -219,11 +236,10 @@ def _prepare(
     family: FamilySpec,
     contents: Contents,
     source: Path,
-    device: str | torch.device | None,
+    device: torch.device | None,
+    tokenizer: Any,
 ) -> tuple[Tensors, ModelFacts]:
     """Saves what stands beside the weights into `source`; gives the weights, and the facts of what is exported."""
-    import torch
-
     from .places import Places
     from .sidecar import save_adapter, save_config
     from .stream import adapter_tensors, merged_tensors
@@ -231,12 +247,19 @@ def _prepare(
     config: dict[str, Any] = base.config.to_dict()
     facts = facts_of(family, config)
     places = Places(family, config, facts.layers)
-    if contents == "adapter":
-        return adapter_tensors(save_adapter(model, source), places), facts
-    _refuse_foreign_quantisation(base)
-    where = None if device is None else torch.device(device)
-    tensors, tied = merged_tensors(base, places, tied=facts.tied, device=where)
-    save_config(base, source, tied=tied, dtype=tensors.dtype)
+    try:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(source)
+        if contents == "adapter":
+            return adapter_tensors(save_adapter(model, source), places), facts
+        _refuse_foreign_quantisation(base)
+        tensors, tied = merged_tensors(base, places, tied=facts.tied, device=device)
+        save_config(base, source, tied=tied, dtype=tensors.dtype)
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {source}, where config and tokenizer wait for the weights: {error.strerror or error}. "
+            "Free space there, or name another folder in TMPDIR."
+        ) from error
     return tensors, facts_of(family, config | {family.keys.tied: tied})
 
 
@@ -255,5 +278,5 @@ def _render(tokenizer: Any) -> Callable[[Sequence[Mapping[str, str]], bool], str
 
 def _name(asked: str, directory: Path) -> str:
     """A plain file name: the last part of a hub id or path, else the directory's name."""
-    last = Path(asked).name or directory.resolve().name
+    last = Path(asked).name.removesuffix(".gguf") or directory.resolve().name
     return re.sub(r"[^\w.+-]", "-", last) or "model"

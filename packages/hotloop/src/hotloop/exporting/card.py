@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from hotloop_core.errors import ConfigError
+from hotloop_core.errors import ConfigError, ExportError
 from hotloop_core.files import write_atomically
+
+from .intact import read_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,11 +25,21 @@ def write_card(
     """Writes `directory`/README.md, unless somebody wrote one by hand; returns its path, None where it was left alone.
 
     facts: see `run_facts`.
+
+    Raises:
+        ExportError: it cannot be written.
+
     """
     card = directory / "README.md"
-    if card.is_file() and MARK not in card.read_text(encoding="utf-8"):
-        return None
-    write_atomically(card, render_card(report, facts, name=name))
+    try:
+        if card.exists() and MARK not in card.read_text(encoding="utf-8", errors="replace"):
+            return None
+        write_atomically(card, render_card(report, facts, name=name))
+    except OSError as error:
+        raise ExportError(
+            f"the files in {directory} are whole, but {card.name} beside them cannot be written: "
+            f"{error.strerror or error}. Make room for it, or write one yourself."
+        ) from error
     return card
 
 
@@ -35,7 +47,7 @@ def run_facts(run: Path) -> dict[str, Any]:
     """What a card says of a run: base, data, settings, losses, as far as its files say them.
 
     Raises:
-        ConfigError: the directory has no recipe.
+        ConfigError: the directory has no recipe, or a file of it is damaged.
 
     """
     import yaml
@@ -43,7 +55,12 @@ def run_facts(run: Path) -> dict[str, Any]:
     recipe = run / "recipe.yaml"
     if not recipe.is_file():
         raise ConfigError(f"{run} is no run directory: it has no recipe.yaml")
-    settings: dict[str, Any] = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    try:
+        settings: dict[str, Any] = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{recipe} is not well-formed YAML: {error}\nCopy it again from the run."
+        ) from error
     return {
         "recipe": settings,
         "report": _json(run / "report.json"),
@@ -122,4 +139,4 @@ def _cell(value: Any) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from hotloop_core.errors import ExportError, UnsupportedError
+from hotloop_core.errors import ConfigError, ExportError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -81,10 +82,13 @@ def check_gguf(
 
     Raises:
         UnsupportedError: llama-cpp-python is not installed. ExportError: llama.cpp refuses the file.
+        ConfigError: no token to compare on.
 
     """
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    if not any(ids):
+        raise ConfigError(f"the {len(texts)} texts to compare on hold no token; pass some words")
     with LlamaCpp(path, base=base, threads=threads) as llama:
-        ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         other = tuple(t for t, row in zip(texts, ids, strict=True) if llama.ids(t) != list(row))
         divergence, same, positions = 0.0, 0, 0
         for tokens in (row[:CONTEXT] for row in ids if row):
@@ -112,6 +116,15 @@ def check_gguf(
     )
 
 
+def require_llama_cpp() -> None:
+    """Raises UnsupportedError where llama-cpp-python is not installed."""
+    if find_spec("llama_cpp") is None:
+        raise UnsupportedError(
+            "checking a GGUF file needs llama.cpp's Python package: `uv add llama-cpp-python`, or "
+            "export without --check"
+        )
+
+
 class LlamaCpp:
     """A GGUF file in llama.cpp, with a float32 cache and plain attention, so that only the weights are rounded.
 
@@ -123,13 +136,9 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, *, base: Path | None = None, threads: int = 1) -> None:
-        try:
-            import llama_cpp
-        except ImportError as error:
-            raise UnsupportedError(
-                "checking a GGUF file needs llama.cpp's Python package: `uv add llama-cpp-python`, or "
-                "export without --check"
-            ) from error
+        require_llama_cpp()
+        import llama_cpp
+
         self._native = llama_cpp
         options: dict[str, Any] = {
             "n_ctx": CONTEXT, "n_batch": CONTEXT, "n_threads": threads, "n_threads_batch": threads,

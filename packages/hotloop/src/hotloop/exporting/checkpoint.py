@@ -8,8 +8,23 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hotloop_core.errors import CheckpointError, ConfigError, ExportError, UnsupportedError
+from hotloop_core.errors import (
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    SecurityError,
+    UnsupportedError,
+)
 from hotloop_core.files import write_atomically
+
+from .intact import (
+    read_object,
+    recorded,
+    refuse_stacked,
+    require_adapter,
+    require_all_used,
+    require_index,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,17 +44,35 @@ def open_checkpoint(
     name: a folder of safetensors, a hub id, or an adapter's folder (its base is opened and the adapter put on it).
 
     Raises:
-        CheckpointError: tensors are missing, surplus or of another shape. UnsupportedError: a quantised checkpoint.
-        ExportError: an adapter of another base.
+        CheckpointError: tensors are missing, surplus or of another shape. UnsupportedError: a quantised checkpoint, an
+        adapter on an adapter. ExportError: an adapter of another base. SecurityError: pickled weights, code, or names
+        that lead out of the folder.
 
     """
-    from transformers import AutoTokenizer
-
     model, source = open_model(name, revision=revision, trust_remote_code=trust_remote_code)
     folder = source.adapter or source.directory
     if not (folder / "tokenizer_config.json").is_file():
         folder = source.directory
-    return model, AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    return model, open_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def open_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder.
+
+    Raises:
+        CheckpointError: transformers cannot read it. SecurityError: it brings code of its own.
+
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a damaged file makes transformers stumble over
+        _refuse_code(error, f"the tokenizer in {folder}")
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read: {_first_line(error)} Expected tokenizer.json and "
+            "tokenizer_config.json as save_pretrained writes them; copy them there again."
+        ) from error
 
 
 def open_model(
@@ -51,6 +84,7 @@ def open_model(
     from hotloop.loading import checks
     from hotloop.loading.source import Hub, fetch, locate
 
+    refuse_stacked(name)
     hub = Hub(revision=revision)
     source = fetch(locate(name, hub), hub, remote_code=trust_remote_code)
     if source.gguf is not None or source.config.get("quantization_config"):
@@ -58,6 +92,7 @@ def open_model(
             f"{name} is quantised; opened without loading are 16 and 32-bit safetensors. "
             "Use hotloop.load and hotloop.export."
         )
+    require_index(source.directory)
     checks.weight_files(source.directory)
     try:
         opened: Any = AutoModelForCausalLM.from_pretrained(
@@ -66,16 +101,21 @@ def open_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the report below says which
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"transformers cannot open {name}: {error}") from error
+    except Exception as error:  # whatever a damaged config makes transformers stumble over
+        _refuse_code(error, name)
+        raise CheckpointError(
+            f"transformers cannot open {name}: {error}\nCheck its config.json, and that the installed "
+            "transformers knows the model."
+        ) from error
     model, info = opened
     checks.require_complete(info, name)
     model = model.eval().requires_grad_(False)
     if source.adapter is None:
         model.config.name_or_path = model.name_or_path = name
         return model, source
-    settings = json.loads((source.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_object(source.adapter / "adapter_config.json")
     model.config.name_or_path = model.name_or_path = settings["base_model_name_or_path"]
     return put_adapter(model, source.adapter, base=source), source
 
@@ -84,21 +124,25 @@ def put_adapter(model: Any, adapter: Path, *, base: Source) -> Any:
     """`model` with the PEFT adapter in `adapter` on it. base: where the model's weights came from.
 
     Raises:
-        ExportError: the adapter was trained on another base, by what was recorded then or by its shapes.
+        ExportError: the adapter was trained on another base, by what was recorded then or by its shapes and names.
+        SecurityError, CheckpointError, ConfigError: see `intact.require_adapter`.
 
     """
     from peft import PeftModel
 
+    require_adapter(adapter)
     check_base(adapter, base)
     try:
-        return PeftModel.from_pretrained(model, str(adapter), is_trainable=False).eval()
-    except (RuntimeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        why = next((line for line in lines if "mismatch" in line), lines[0])
+        adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=False)
+        # Once more, for the names: from_pretrained keeps to itself what it could not place.
+        placed: Any = adapted.load_adapter(str(adapter), "default", is_trainable=False)
+    except Exception as error:  # whatever a damaged config makes PEFT stumble over
         raise ExportError(
-            f"the adapter in {adapter} does not fit {base.name!r}: {why} Take the base that it was trained on "
-            "(base_model_name_or_path in its adapter_config.json)."
+            f"the adapter in {adapter} does not fit {base.name!r}: {_first_line(error)} Take the base that it was "
+            "trained on (base_model_name_or_path in its adapter_config.json)."
         ) from error
+    require_all_used(adapter, placed.missing_keys, placed.unexpected_keys)
+    return adapted.eval()
 
 
 def on_original(model: Any) -> Any:
@@ -167,10 +211,25 @@ def check_base(adapter: Path, base: Source) -> None:
     file = adapter / BASE_FILE
     if not file.is_file():
         return
-    record: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    record = recorded(file)
     found = fingerprint(base)
     if found != record["fingerprint"]:
         raise ExportError(
             f"the adapter in {adapter} was trained on {record['name']!r} with fingerprint "
             f"{record['fingerprint'][:12]}; the weights of {base.name!r} have {found[:12]}. Take that base."
         )
+
+
+def _refuse_code(error: Exception, what: str) -> None:
+    """Raises SecurityError where transformers refused to run Python files of a checkpoint."""
+    if "trust_remote_code" in str(error):
+        raise SecurityError(
+            f"{what} needs Python code of its own, which is not run unless you say so. Read it, then set "
+            "model.trust_remote_code in the recipe, or pass trust_remote_code=True in Python."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Of PEFT's shape errors the first shape, of others the first line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "mismatch" in line), (lines or [repr(error)])[0])

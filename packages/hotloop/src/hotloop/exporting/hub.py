@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hotloop_core.errors import ExportError
+from hotloop_core.errors import ConfigError, ExportError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
+
+
+def require_name(repo: str) -> None:
+    """Raises ConfigError where `repo` cannot be the name of a repository."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"{repo!r} is no name of a repository: {error} Expected owner/name."
+        ) from error
 
 
 def push(

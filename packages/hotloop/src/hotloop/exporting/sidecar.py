@@ -43,6 +43,9 @@ def save_adapter(model: Any, directory: Path) -> Path:
             "Choose one with model.set_adapter(NAME), or export the merged model."
         )
     model.save_pretrained(str(directory), selected_adapters=active)
+    # PEFT's empty form of a model card, which would be taken for one that a person wrote.
+    for form in directory.rglob("README.md"):
+        form.unlink()
     folder = directory if active[0] == "default" else directory / active[0]
     if folder is not directory:
         for file in folder.iterdir():

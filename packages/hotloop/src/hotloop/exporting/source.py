@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from hotloop_core.errors import ConfigError
 
 from .bases import NOTES, Base
-from .checkpoint import check_base, open_checkpoint, open_model, put_adapter
+from .checkpoint import check_base, open_checkpoint, open_model, open_tokenizer, put_adapter
+from .intact import refuse_stacked, require_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,6 +85,7 @@ def open_source(source: str, *, base: Base = "trained") -> Opened:
         raise ConfigError("base='original' is for a QLoRA run directory")
     from hotloop.loading.source import locate
 
+    refuse_stacked(source)
     found = locate(source)
     if found.gguf is None and not found.config.get("quantization_config"):
         model, tokenizer = open_checkpoint(source)
@@ -118,15 +120,15 @@ def _open_run(source: str, base: Base) -> Opened:
     if quantised or (section.bits == 4 and base == "trained"):
         from hotloop.training.models import load_trained
 
+        require_adapter(trained)
         check_base(trained, fetch(found, hub))
         model, tokenizer = load_trained(recipe, trained)
         return Opened(model=model, tokenizer=tokenizer, **here)
-    from transformers import AutoTokenizer
-
     model, files = open_model(
         section.name, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
     model = put_adapter(model, trained, base=files)
-    tokenizer = AutoTokenizer.from_pretrained(str(trained))  # with the chat template of the run
+    # The run's own, with its chat template.
+    tokenizer = open_tokenizer(trained, trust_remote_code=section.trust_remote_code)
     note = NOTES["original"] if base == "original" else None
     return Opened(model=model, tokenizer=tokenizer, note=note, **here)

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .model import FastLanguageModel, FastModel, is_bfloat16_supported
+from .refusals import refuse_name
 
 if TYPE_CHECKING:
     from .trainer import HotloopTrainer, HotloopTrainingArguments
@@ -23,4 +24,5 @@ def __getattr__(name: str) -> Any:
     """The trainer needs TRL at import, so it is imported when it is asked for."""
     if name in ("HotloopTrainer", "HotloopTrainingArguments"):
         return getattr(importlib.import_module(".trainer", __name__), name)
+    refuse_name(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

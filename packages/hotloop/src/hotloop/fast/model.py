@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 Checkpointing = Literal["auto", "offload", "unsloth"] | bool
 
+_ENDS = ("embed_tokens", "lm_head")
+
 _VRAM = "hotloop_vram"
 """The attribute in which a model keeps the budget that it was loaded for."""
 
@@ -118,7 +120,8 @@ class FastLanguageModel:
         use_gradient_checkpointing: "auto": the fastest plan that fits the memory. "offload": every layer's input waits
         on the host and all else is recomputed; under a budget (`vram` of from_pretrained) the fastest plan that fits.
         "unsloth" is what scripts for others say; it means "offload". True: recompute every layer. False: keep
-        everything. `others` is only there to be refused by name.
+        everything. embed_tokens and lm_head among target_modules train whole, as if they stood in modules_to_save.
+        `others` is only there to be refused by name.
 
         Raises:
             UnsupportedError, UnknownArgumentError: an argument that Hotloop does not have. Else as
@@ -142,16 +145,17 @@ class FastLanguageModel:
             )
         from hotloop.lora import add_lora
 
+        targets, saved = _whole_ends(target_modules, modules_to_save)
         adapted = add_lora(
             model,
             r=r,
             alpha=lora_alpha,
             dropout=lora_dropout,
-            targets=target_modules,
+            targets=targets,
             seed=random_state,
             rslora=use_rslora,
             bias=bias,
-            modules_to_save=modules_to_save,
+            modules_to_save=saved,
             placements=_placements(use_gradient_checkpointing, getattr(model, _VRAM, None)),
         )
         _add_saving(adapted)
@@ -183,6 +187,16 @@ class FastModel(FastLanguageModel):
 
 def _names(function: Any) -> list[str]:
     return [n for n in inspect.signature(function).parameters if n not in ("others", "model")]
+
+
+def _whole_ends(
+    targets: str | Sequence[str], saved: Sequence[str] | None
+) -> tuple[str | Sequence[str], Sequence[str] | None]:
+    """Embedding and head from the modules with adapters to those that train whole, which is what scripts mean."""
+    ends = [] if isinstance(targets, str) else [n for n in targets if n in _ENDS]
+    if not ends:
+        return targets, saved
+    return [n for n in targets if n not in ends], sorted({*ends, *(saved or ())})
 
 
 def _placements(checkpointing: Checkpointing, vram: str | int | None) -> Placements | None:

@@ -11,13 +11,55 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hotloop_core.errors import ConfigError, UnsupportedError
+from hotloop_core.errors import ConfigError, HotloopError, UnsupportedError
 
 Refusals = Mapping[str, tuple[tuple[Any, ...], str]]
 
 
 class UnknownArgumentError(ConfigError, TypeError):
     """An argument that no function of this name has."""
+
+
+class NotHereError(HotloopError, ImportError):
+    """A name that scripts of this kind import and Hotloop does not have."""
+
+
+_ELSEWHERE = {
+    "FastVisionModel": "only text models are trained; use FastLanguageModel",
+    "FastTextModel": "use FastLanguageModel",
+    "FastSentenceTransformer": "only causal language models are trained",
+    "PatchDPOTrainer": "nothing needs patching: leave the line out, DPOTrainer takes the model as it is",
+    "PatchKTOTrainer": "nothing needs patching: leave the line out, KTOTrainer takes the model as it is",
+    "PatchFastRL": "nothing needs patching: leave the line out, TRL's trainers take the model as it is",
+    "UnslothTrainer": "from hotloop.fast import HotloopTrainer",
+    "UnslothTrainingArguments": "from hotloop.fast import HotloopTrainingArguments",
+    "UnslothVisionDataCollator": "only text models are trained",
+    "unsloth_train": "call trainer.train(): gradient accumulation counts tokens as it should",
+    "AutoLigerKernelForCausalLM": "load with transformers, then hotloop.wire(model); or hotloop.load",
+    "apply_liger_kernel_to_llama": "hotloop.wire(model), after loading: one model is changed, and can be changed back",
+    "is_bf16_supported": "from hotloop import is_bfloat16_supported",
+    "standardize_sharegpt": "from hotloop import standardize_data_formats",
+    "to_sharegpt": "write the rows as conversations of role and content, with dataset.map",
+    "apply_chat_template": "use tokenizer.apply_chat_template in dataset.map",
+    "add_new_tokens": (
+        "tokenizer.add_tokens and model.resize_token_embeddings before hotloop.wire, then train embed_tokens and "
+        "lm_head (modules_to_save)"
+    ),
+    "create_ollama_modelfile": "save_pretrained_gguf writes a Modelfile beside the file",
+    "save_to_gguf": "model.save_pretrained_gguf, or hotloop.export",
+}
+"""Name -> what to do instead."""
+
+
+def refuse_name(name: str) -> None:
+    """Says what to do instead of importing `name`; returns where that is not known.
+
+    Raises:
+        NotHereError: it is known.
+
+    """
+    if name in _ELSEWHERE:
+        raise NotHereError(f"Hotloop has no {name}: {_ELSEWHERE[name]}.")
 
 
 FROM_PRETRAINED: Refusals = {
@@ -103,6 +145,19 @@ GET_PEFT_MODEL: Refusals = {
     "finetune_language_layers": ((True, None), "there would be nothing left to train"),
     "finetune_attention_modules": ((True, None), "name the projections in target_modules"),
     "finetune_mlp_modules": ((True, None), "name the projections in target_modules"),
+}
+
+_NO_BUFFERS = "tensors are merged and written one by one; nothing is buffered"
+SAVE: Refusals = {
+    "maximum_memory_usage": ((None, 0.5, 0.7, 0.75, 0.8, 0.85, 0.9), _NO_BUFFERS),
+    "temporary_location": ((None, "_unsloth_temporary_saved_buffers"), _NO_BUFFERS),
+    "safe_serialization": ((True, None), "only safetensors are written: pickles run code"),
+    "push_to_hub": ((False, None), "use push_to_hub_merged or push_to_hub_gguf"),
+    "token": ((None, ""), "it belongs to push_to_hub_merged and push_to_hub_gguf"),
+    "first_conversion": (
+        (None, "f16", "bf16", "f32"),
+        "weights go straight from the model to the quantisation that was asked for",
+    ),
 }
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import ConfigError
 
+from .refusals import SAVE, refuse
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -41,14 +43,19 @@ def save_pretrained_merged(
     save_directory: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     save_method: str = "merged_16bit",
+    *,
+    overwrite: bool = True,
+    **others: Any,
 ) -> ExportReport:
     """Writes safetensors: "merged_16bit" or "merged_4bit", the whole model with its adapter merged
-    in; "lora", the adapter alone.
+    in; "lora", the adapter alone. A file of the same name is replaced, as by `save_pretrained`, unless overwrite=False.
+    `others` is only there to be refused by name.
 
     Raises:
         ConfigError: another method. Else as `hotloop.export`.
 
     """
+    refuse("save_pretrained_merged", others, ("save_directory", "tokenizer", "save_method"), SAVE)
     from hotloop.exporting import export
 
     quants = {
@@ -59,7 +66,14 @@ def save_pretrained_merged(
     }
     if save_method not in quants:
         raise ConfigError(f"save_method={save_method!r}; expected {', '.join(quants)}")
-    return export(model, tokenizer, save_directory, format="safetensors", quant=quants[save_method])
+    return export(
+        model,
+        tokenizer,
+        save_directory,
+        format="safetensors",
+        quant=quants[save_method],
+        overwrite=overwrite,
+    )
 
 
 def save_pretrained_gguf(
@@ -67,19 +81,27 @@ def save_pretrained_gguf(
     save_directory: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     quantization_method: str | Sequence[str] = "fast_quantized",
+    *,
+    overwrite: bool = True,
+    **others: Any,
 ) -> ExportReport:
-    """Writes one GGUF file for each quantisation method, the adapter merged in.
+    """Writes one GGUF file for each quantisation method, the adapter merged in. A file of the same name is replaced
+    unless overwrite=False. `others` is only there to be refused by name.
 
     Raises:
         ConfigError, UnsupportedError: a method that the exporter does not have. Else as
         `hotloop.export`.
 
     """
+    accepted = ("save_directory", "tokenizer", "quantization_method")
+    refuse("save_pretrained_gguf", others, accepted, SAVE)
     from hotloop.exporting import export
 
     asked = [quantization_method] if isinstance(quantization_method, str) else quantization_method
     quants = [QUANTIZATION_ALIASES.get(name.lower(), name.lower()) for name in asked]
-    return export(model, tokenizer, save_directory, format="gguf", quant=quants)
+    return export(
+        model, tokenizer, save_directory, format="gguf", quant=quants, overwrite=overwrite
+    )
 
 
 def push_to_hub_merged(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -34,6 +34,14 @@ class Housing:
     def holds(self) -> bool:
         """Whether the module still is what it was made."""
         return type(self.module) is housed_class(self.original, self.kind)
+
+
+@dataclass(eq=False)
+class Copied:
+    """A layer in a store. leaves: each projection's path and module, and where its parts are among the layer's."""
+
+    index: int = -1
+    leaves: list[tuple[str, Any, slice]] = field(default_factory=list)
 
 
 class Homes:
@@ -94,6 +102,39 @@ class Homes:
         if self._head is not None:
             self._head.drop()
 
+    def move(self, plan: Plan) -> None:
+        """Moves to the host what `plan` has there; what is there already stays. Before or after `wire`.
+
+        A layer is copied before any changes, so a host that cannot hold them leaves the model as it was.
+
+        Raises:
+            PlanError: the plan would bring weights back to the device. Else as `house_layer` and `house_ends`.
+        """
+        layers = tuple(i for i, layer in enumerate(plan.layers) if layer.streamed)
+        housed = {housing.path for housing in self._housings}
+        if not (
+            set(self._index) <= set(layers)
+            and (plan.embedding_on_host or self._spec.embedding not in housed)
+            and (plan.head_on_host or self._spec.head not in housed)
+        ):
+            raise PlanError(
+                "the plan brings weights back to the device; undo the homes and settle the model by it instead"
+            )
+        for layer in layers:
+            for path, leaf in self._projections(layer):
+                require_frozen(path, leaf._parameters["weight"])
+        self._ends(plan)
+        if layers != tuple(self._index):
+            store = StreamedWeights(self.device)
+            copies = {layer: self._copy(layer, store) for layer in layers}
+            before, self._store, self._index = self._store, store, {}
+            for layer, copied in copies.items():
+                self._point(layer, copied)
+            if before is not None:
+                before.close()
+        self.plan, self.layers = plan, layers
+        self.house_ends()
+
     def house_layer(self, layer: int) -> None:
         """Moves the projections of a streamed layer to the host. In the order of layers, each once.
 
@@ -101,42 +142,21 @@ class Homes:
             PlanError: a weight trains. UnsupportedError: it is no plain or bitsandbytes 4-bit linear.
             BudgetError: the host cannot lock memory for it.
         """
-        found = [(path, _linear(path, m)) for path, m in self._projections(layer)]
-        tensors: list[Tensor] = []
-        spans: list[tuple[int, int]] = []
-        for path, leaf in found:
-            weight = leaf._parameters["weight"]
-            assert weight is not None
-            require_frozen(path, weight)
-            pieces = parts(weight)
-            spans.append((len(tensors), len(pieces)))
-            tensors += pieces
-        store = self._stream()
-        index = self._index[layer] = store.add_layer(tensors)
-        host = store.host(index)
-        for (path, leaf), (first, count) in zip(found, spans, strict=True):
-            _put(leaf, host[first : first + count])
-            home = StreamedHome(self, layer, path, first, count)
-            if HOME in leaf.__dict__:
-                leaf.__dict__[HOME] = home  # it streamed before, from another store
-            else:
-                self._house(path, leaf, Streamed, home)
+        self._point(layer, self._copy(layer, self._stream()))
 
-    def house_ends(self, *, embedding: bool | None = None, head: bool | None = None) -> None:
+    def house_ends(self) -> None:
         """Moves the embedding and the head to the host, where the plan says so; tied, they share one copy.
-
-        embedding, head: only these; None for what the plan says.
 
         Raises:
             PlanError: a weight trains, or one of two tied weights is to stay. UnsupportedError: a head that is no plain
                 linear. BudgetError: the host cannot lock memory for it.
         """
-        rows, matrix, tied = self._ends()
-        if self.plan.embedding_on_host if embedding is None else embedding:
+        rows, matrix, tied = self._ends(self.plan)
+        if self.plan.embedding_on_host and HOME not in rows.__dict__:
             self._to_host(self._spec.embedding, rows)
             home = EmbeddingHome(self._spec.embedding, self.device)
             self._house(self._spec.embedding, rows, HostEmbedding, home)
-        if self.plan.head_on_host if head is None else head:
+        if self.plan.head_on_host and HOME not in matrix.__dict__:
             if tied:
                 matrix._parameters["weight"] = rows._parameters["weight"]
             else:
@@ -144,38 +164,6 @@ class Homes:
             weight = matrix._parameters["weight"]
             self._head = head_home(self._spec.head, weight, self.device)
             self._house(self._spec.head, matrix, HostHead, self._head)
-
-    def extend(self, plan: Plan) -> None:
-        """Moves further weights to the host, as `plan` asks; those that are there stay. Before or after `wire`.
-
-        Raises:
-            PlanError: the plan would bring weights back to the device. Else as `house_layer` and `house_ends`.
-        """
-        layers = tuple(i for i, layer in enumerate(plan.layers) if layer.streamed)
-        ends = (plan.embedding_on_host, plan.head_on_host)
-        had = (self.plan.embedding_on_host, self.plan.head_on_host)
-        if not set(self.layers) <= set(layers) or any(
-            a and not b for a, b in zip(had, ends, strict=True)
-        ):
-            raise PlanError(
-                "the plan brings weights back to the device; undo the homes and settle the model by it instead"
-            )
-        before, had_layers = self._store, self.layers
-        self.layers, self.plan = layers, plan
-        if layers != had_layers:
-            self._store, self._index = StreamedWeights(self.device), {}
-            for layer in layers:
-                self.house_layer(layer)
-            if before is not None:
-                before.close()
-        self.house_ends(embedding=ends[0] and not had[0], head=ends[1] and not had[1])
-
-    def check(self) -> None:
-        """Raises what `house_layer` and `house_ends` would refuse, before anything moves."""
-        for layer in self.layers:
-            for path, module in self._projections(layer):
-                require_frozen(path, _linear(path, module).weight)
-        self._ends()
 
     def undo(self) -> None:
         """Brings every weight back to the device, bit for bit, and gives every module its own class.
@@ -232,7 +220,32 @@ class Homes:
         self._housings.append(Housing(path, module, type(module), kind))
         house(module, kind, home)
 
-    def _projections(self, layer: int) -> list[tuple[str, nn.Module]]:
+    def _copy(self, layer: int, store: StreamedWeights) -> Copied:
+        """Copies the projections of a layer into a store; they themselves stay as they are."""
+        copied, tensors = Copied(), []
+        for path, leaf in self._projections(layer):
+            weight = leaf._parameters["weight"]
+            require_frozen(path, weight)
+            pieces = parts(weight)
+            copied.leaves.append((path, leaf, slice(len(tensors), len(tensors) + len(pieces))))
+            tensors += pieces
+        copied.index = store.add_layer(tensors)
+        return copied
+
+    def _point(self, layer: int, copied: Copied) -> None:
+        """Gives the projections of a layer their copies in the store at hand."""
+        self._index[layer] = copied.index
+        host = self._stream().host(copied.index)
+        for path, leaf, span in copied.leaves:
+            _put(leaf, host[span])
+            home = StreamedHome(self, layer, path, span)
+            if HOME in leaf.__dict__:
+                leaf.__dict__[HOME] = home  # it streamed before, from another store
+            else:
+                self._house(path, leaf, Streamed, home)
+
+    def _projections(self, layer: int) -> list[tuple[str, Any]]:
+        """(path, the linear that holds the weight) of each projection that streams."""
         spec = self._spec.layer_spec(self._model.config.to_dict(), layer)
         for part in (spec.attention, spec.mlp):
             if not isinstance(part, Attention | Glu | CustomBlock):
@@ -241,27 +254,28 @@ class Homes:
                     "its weights resident."
                 )
         paths = [f"{self._spec.layers}.{layer}.{path}" for path in spec.projections.values()]
-        return [(path, self._model.get_submodule(path)) for path in dict.fromkeys(paths)]
+        modules = ((path, self._model.get_submodule(path)) for path in dict.fromkeys(paths))
+        return [(path, _linear(path, module)) for path, module in modules]
 
-    def _ends(self) -> tuple[Any, Any, bool]:
+    def _ends(self, plan: Plan) -> tuple[Any, Any, bool]:
         """The embedding, the head, and whether they share a weight; None where the plan moves neither."""
-        spec, plan = self._spec, self.plan
+        spec = self._spec
         if not (plan.embedding_on_host or plan.head_on_host):
             return None, None, False
         embedding: Any = self._model.get_submodule(spec.embedding)
         head: Any = self._model.get_submodule(spec.head)
         if plan.embedding_on_host:
             embedding = _base(spec.embedding, embedding)
-            require_frozen(spec.embedding, embedding.weight)
+            require_frozen(spec.embedding, embedding._parameters["weight"])
         if plan.head_on_host:
             head = _base(spec.head, head)
-            require_frozen(spec.head, head.weight)
+            require_frozen(spec.head, head._parameters["weight"])
             if not is_linear(head):
                 raise UnsupportedError(
                     f"{spec.head}: a {type(head).__name__} cannot live on the host; expected nn.Linear. Plan with the "
                     "head resident."
                 )
-        tied = getattr(head, "weight", None) is getattr(embedding, "weight", head)
+        tied = _weight(head) is _weight(embedding) is not None
         if tied and plan.embedding_on_host != plan.head_on_host:
             raise PlanError(
                 f"{spec.embedding} and {spec.head} share one weight; the plan puts only one of them on the host. Plan "
@@ -296,6 +310,12 @@ def _base(path: str, module: nn.Module) -> Any:
             "the host. Plan with it resident."
         )
     return module
+
+
+def _weight(module: Any) -> Any:
+    """The weight that a module multiplies by, under LoRA; where it lives on the host, that, not a copy of it."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    return base._parameters["weight"] if HOME in base.__dict__ else getattr(base, "weight", None)
 
 
 def _linear(path: str, module: nn.Module) -> Any:

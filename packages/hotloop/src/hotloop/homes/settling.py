@@ -45,10 +45,7 @@ def settle(
     )
     homes = prepare(root, plan, spec, device or _device(root, spec))
     try:
-        homes.check()
-        for layer in homes.layers:
-            homes.house_layer(layer)
-        homes.house_ends()
+        homes.move(plan)
     except BaseException:
         homes.undo()
         raise
@@ -61,15 +58,8 @@ def move_more(root: Any, plan: Plan, spec: FamilySpec) -> Homes:
     Raises:
         PlanError, UnsupportedError, BudgetError: as `settle`.
     """
-    homes = homes_of(root)
-    if homes is not None:
-        homes.extend(plan)
-        return homes
-    homes = Homes(root, plan, spec, _device(root, spec))
-    homes.check()
-    for layer in homes.layers:
-        homes.house_layer(layer)
-    homes.house_ends()
+    homes = homes_of(root) or Homes(root, plan, spec, _device(root, spec))
+    homes.move(plan)
     return homes
 
 

@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class StreamedHome:
-    """Where one projection's weight is. first: the place of its parts among the tensors of its layer."""
+    """Where one projection's weight is. span: the places of its parts among the tensors of its layer."""
 
     homes: Homes
     layer: int
     path: str
-    first: int
-    count: int
+    span: slice
     _view: Any = field(default=None, repr=False)
 
     @property
@@ -36,7 +35,7 @@ class StreamedHome:
     def view(self, truth: Tensor) -> Any:
         """The weight over the device memory that its layer passes through; holds it after a fetch of that layer."""
         if self._view is None:
-            tensors = self.homes.views(self.layer)[self.first : self.first + self.count]
+            tensors = self.homes.views(self.layer)[self.span]
             self._view = passing(truth, tensors, self.device)
         return self._view
 

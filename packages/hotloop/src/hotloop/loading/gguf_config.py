@@ -18,7 +18,7 @@ from hotloop_core.errors import (
     UnsupportedError,
 )
 
-from .gguf_file import read_gguf
+from .gguf_file import read_gguf, reads_metadata
 from .gguf_weights import gguf_name
 
 if TYPE_CHECKING:
@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 
 _KINDS = {True: "sliding_attention", False: "full_attention"}
 _FACTORS = "rope_freqs.weight"
+_LONGROPE = {f"{length}_factor": f"rope_factors_{length}.weight" for length in ("short", "long")}
+"""transformers' name for the divisors of the frequencies -> the tensor that holds them (Phi-3)."""
 
 
+@reads_metadata
 def gguf_config(path: Path) -> dict[str, Any]:
     """The transformers config of a GGUF file, rope scaling included, as a mapping.
 
@@ -46,18 +49,18 @@ def gguf_config(path: Path) -> dict[str, Any]:
 
     file = read_gguf(path)
     architecture = str(file.metadata.get("general.architecture"))
-    model_type, spec = _family(architecture, path)
-    exported = spec.exports["gguf"]
     prefix = f"{architecture}."
     said = {
         key.removeprefix(prefix): _shortest(value)
         for key, value in file.metadata.items()
         if key.startswith(prefix)
     }
+    model_type, spec = _family(architecture, said, path)
+    exported = spec.exports["gguf"]
     # The format's own keys go before those that the family adds: two of them may say one thing.
     values = _of_the_family(spec, exported, said) | _sizes(spec, exported, said, file)
     values |= _biases(spec, exported, values, file)
-    values["rope_parameters"] = _rope(spec, exported, said, file)
+    values["rope_parameters"] = _rope(spec, exported, said, file, values[spec.keys.head_dim])
     for role, key in {"bos": "bos", "eos": "eos", "pad": "padding"}.items():
         values[f"{role}_token_id"] = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
     try:
@@ -67,14 +70,21 @@ def gguf_config(path: Path) -> dict[str, Any]:
     scale = exported.implied.get("attention_scale")
     if scale is not None and spec.keys.query_scale is not None:
         config[spec.keys.query_scale] = round(scale(facts_of(spec, config)) ** -2)
+    windowed = exported.implied.get("windowed")
+    if windowed is not None and spec.keys.window is not None and spec.keys.layer_types is not None:
+        layers = windowed(facts_of(spec, config))
+        config[spec.keys.layer_types] = [_KINDS[each] for each in layers]
+        if not any(layers):
+            config[spec.keys.window] = None
     return config
 
 
-def _family(architecture: str, path: Path) -> tuple[str, FamilySpec]:
+def _family(architecture: str, said: Mapping[str, Any], path: Path) -> tuple[str, FamilySpec]:
     """The model type that an architecture stands for, and its family.
 
-    Several may be written under one architecture (Mistral under "llama"): the type of that name is
-    meant, since the file computes what that one computes.
+    Several may be written under one architecture. The family is meant that knows most of the file's keys (OLMo 3's
+    windows under "olmo2"); among equals (Mistral under "llama") the type of that name, since the file computes what
+    that one computes.
     """
     claims = {
         model_type: family
@@ -82,6 +92,8 @@ def _family(architecture: str, path: Path) -> tuple[str, FamilySpec]:
         if "gguf" in family.exports and family.exports["gguf"].architecture == architecture
         for model_type in family.model_types
     }
+    known = {t: len(f.exports["gguf"].metadata.keys() & said.keys()) for t, f in claims.items()}
+    claims = {t: f for t, f in claims.items() if known[t] == max(known.values())}
     if architecture in claims:
         return architecture, claims[architecture]
     if len(claims) == 1:
@@ -92,10 +104,10 @@ def _family(architecture: str, path: Path) -> tuple[str, FamilySpec]:
             f"{', '.join(sorted(claims))} are written; install the family of that name "
             f"(`uv add hotloop-{architecture}`), or load the model's original folder."
         )
-    known = {f.exports["gguf"].architecture for f in discover().families if "gguf" in f.exports}
+    readable = {f.exports["gguf"].architecture for f in discover().families if "gguf" in f.exports}
     raise NoFamilyError(
         f"{path.name} has the architecture {architecture!r}; the installed families read "
-        f"{', '.join(sorted(known)) or 'none'}. Install its family, or write one: "
+        f"{', '.join(sorted(readable)) or 'none'}. Install its family, or write one: "
         "docs/write-a-family.md"
     )
 
@@ -126,7 +138,7 @@ def _sizes(
     embedding = file.tensors.get(f"{gguf_name(exported, 'embedding')}.weight")
     if embedding is None:
         raise broken("it has no embedding")
-    epsilon = said.get("attention.layer_norm_rms_epsilon")
+    epsilon = said.get("attention.layer_norm_rms_epsilon", said.get("attention.layer_norm_epsilon"))
     if not isinstance(epsilon, float):
         raise broken(f"the epsilon of its norms is {epsilon!r}, expected a number")
     hidden, heads = size("embedding_length"), size("attention.head_count")
@@ -151,9 +163,10 @@ def _biases(
     layer = spec.layer_spec({**spec.keys.defaults, **config}, 0)
     switches: list[tuple[bool | str, str]] = []
     if isinstance(layer.attention, Attention):
-        switches += [(layer.attention.qkv_bias, "q"), (layer.attention.o_bias, "o")]
+        first = next(iter(layer.attention.projections))
+        switches += [(layer.attention.qkv_bias, first), (layer.attention.o_bias, "o")]
     if isinstance(layer.mlp, Glu):
-        switches.append((layer.mlp.bias, "gate"))
+        switches.append((layer.mlp.bias, next(iter(layer.mlp.projections))))
     found: dict[str, bool] = {}
     for key, role in switches:
         if isinstance(key, str):
@@ -169,8 +182,8 @@ def _of_the_family(
     config: dict[str, Any] = {}
     for key, source in exported.metadata.items():
         value = said.get(key)
-        if value is None or not isinstance(source, str):
-            continue
+        if value is None or not isinstance(source, str) or (source == "window" and not value):
+            continue  # a window of 0 is none (Phi-4)
         if source == "windowed":
             name, value = spec.keys.layer_types, _layer_types(value, said)
         elif source.startswith("config."):
@@ -190,10 +203,20 @@ def _layer_types(pattern: list[int] | int, said: Mapping[str, Any]) -> list[str]
 
 
 def _rope(
-    spec: FamilySpec, exported: ExportFacts, said: Mapping[str, Any], file: GgufFile
+    spec: FamilySpec,
+    exported: ExportFacts,
+    said: Mapping[str, Any],
+    file: GgufFile,
+    head_dim: int,
 ) -> dict[str, Any]:
     theta = float(said.get("rope.freq_base", 10000.0))
-    rope = {"rope_theta": theta, **_rope_scaling(said, file)}
+    two_sets = file.tensors.keys() & set(_LONGROPE.values())
+    rope = {
+        "rope_theta": theta,
+        **(_longrope(said, file) if two_sets else _rope_scaling(said, file)),
+    }
+    if exported.metadata.get("rope.dimension_count") == "rotary_dim":
+        rope["partial_rotary_factor"] = said.get("rope.dimension_count", head_dim) / head_dim
     if _FACTORS in file.tensors:
         divisors = [float(divisor) for divisor in file.dequantise(_FACTORS)]
         rope |= _llama3_scaling(divisors, theta)
@@ -224,9 +247,29 @@ def _rope_scaling(said: Mapping[str, Any], file: GgufFile) -> dict[str, Any]:
             return scaling
         case other:
             raise UnsupportedError(
-                f"{file.path.name}: its rope is scaled as {other!r}; read are none, linear and "
-                "yarn. Load the model's original folder."
+                f"{file.path.name}: its rope is scaled as {other!r}; read are none, linear, yarn and "
+                f"longrope with {' and '.join(_LONGROPE.values())}. Load the model's original folder."
             )
+
+
+def _longrope(said: Mapping[str, Any], file: GgufFile) -> dict[str, Any]:
+    """Phi-3's two sets of divisors, for texts within the original length and beyond."""
+    missing = [name for name in _LONGROPE.values() if name not in file.tensors]
+    original = said.get("rope.scaling.original_context_length")
+    if missing or not isinstance(original, int):
+        raise CheckpointError(
+            f"{file.path.name}: a rope of the type longrope needs {', '.join(_LONGROPE.values())} and the key "
+            "'rope.scaling.original_context_length'; make the file again or load the model's original folder"
+        )
+    return {
+        "rope_type": "longrope",
+        "original_max_position_embeddings": original,
+        "attention_factor": said.get("rope.scaling.attn_factor", 1.0),
+        **{
+            key: [_shortest(float(divisor)) for divisor in file.dequantise(name)]
+            for key, name in _LONGROPE.items()
+        },
+    }
 
 
 def _llama3_scaling(divisors: list[float], theta: float) -> dict[str, Any]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from hotloop_core.errors import CheckpointError, ConfigError
+from hotloop_core.errors import CheckpointError, ConfigError, HotloopError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     import numpy as np
@@ -33,6 +33,7 @@ _SCALARS = {
     12: "<d",
 }
 _STRING, _ARRAY = 8, 9
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,25 @@ class GgufFile:
         return np.array(quants.dequantize(stored, kind), np.float32).reshape(tensor.shape)
 
 
-@lru_cache(maxsize=1)
+def reads_metadata(read: Callable[[Path], T]) -> Callable[[Path], T]:
+    """`read`, which takes what it needs from a file's metadata: whatever it stumbles over is a CheckpointError."""
+
+    @wraps(read)
+    def checked(path: Path) -> T:
+        try:
+            return read(path)
+        except HotloopError:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise CheckpointError(
+                f"{path}: its metadata is damaged or not what its architecture needs ({why}); copy or "
+                "download it again, or load the model's original folder"
+            ) from error
+
+    return checked
+
+
 def read_gguf(path: Path) -> GgufFile:
     """Reads the header and checks that the file is as long as it says. The last file read is kept.
 
@@ -82,6 +101,16 @@ def read_gguf(path: Path) -> GgufFile:
         CheckpointError: not a GGUF file, or truncated. ConfigError: the package gguf is missing.
 
     """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    return _read(path, (found.st_ino, found.st_mtime_ns, found.st_size))
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, _version: tuple[int, int, int]) -> GgufFile:
+    """_version: what changes when another file takes the name."""
     try:
         from gguf.constants import GGML_QUANT_SIZES
     except ImportError as error:
@@ -92,7 +121,7 @@ def read_gguf(path: Path) -> GgufFile:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             found = _parse(path, data)
             length = len(data)
-    except (ValueError, struct.error, KeyError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, struct.error, KeyError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is truncated or no GGUF file ({error}); copy or download it again"
         ) from error
@@ -101,6 +130,11 @@ def read_gguf(path: Path) -> GgufFile:
         if tensor.kind not in sizes:
             raise CheckpointError(f"{path}: {name} has the unknown ggml type {tensor.kind}")
         block, block_bytes = sizes[tensor.kind]
+        if tensor.shape and tensor.shape[-1] % block:
+            raise CheckpointError(
+                f"{path}: {name} has {tensor.shape[-1]} columns, which blocks of {block} do not divide; copy or "
+                "download it again"
+            )
         if tensor.offset + prod(tensor.shape) // block * block_bytes > length:
             raise CheckpointError(
                 f"{path} is truncated: {name} lies beyond its {length:,} bytes; copy or download "
@@ -127,6 +161,8 @@ def _parse(path: Path, data: mmap.mmap) -> GgufFile:
         at += 4 + 8 * dimensions + 12
         infos.append((name, tuple(reversed(shape)), kind, offset))
     alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"its alignment is {alignment!r}")
     start = -(-at // alignment) * alignment
     tensors = {name: GgufTensor(shape, kind, start + offset) for name, shape, kind, offset in infos}
     return GgufFile(path, metadata, tensors)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hotloop_core.errors import UnsupportedError
+from hotloop_core.errors import CheckpointError, UnsupportedError
 
-from .gguf_file import read_gguf
+from .gguf_file import read_gguf, reads_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -67,6 +67,7 @@ _KEEPS_WHOLE_WORDS = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "t
 """A word that is in the vocabulary is taken whole, whatever the merges say."""
 
 
+@reads_metadata
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a GGUF file: byte-level BPE is built here, SentencePiece-like ones by
     transformers.
@@ -76,6 +77,7 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     Raises:
         UnsupportedError: the file names a pre-tokenizer that is not known here, or a kind of tokenizer
             that transformers cannot read.
+        CheckpointError: its metadata is damaged.
 
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models
@@ -84,7 +86,9 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     values = read_gguf(path).metadata
     if values.get("tokenizer.ggml.model") != "gpt2":
         try:
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            return AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, trust_remote_code=False
+            )
         except ValueError as error:
             raise UnsupportedError(f"{path.name}: its tokenizer cannot be read: {error}") from error
     tokens: list[str] = values["tokenizer.ggml.tokens"]
@@ -107,6 +111,12 @@ def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     tokenizer.add_tokens(added)
     roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     ids = {role: values.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
+    unknown = {role: i for role, i in ids.items() if i is not None and i not in range(len(tokens))}
+    if unknown:
+        raise CheckpointError(
+            f"{path.name} has {len(tokens)} tokens, and the ids of its special tokens are beyond them: {unknown}; "
+            "copy or download it again"
+        )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from hotloop_core import CustomBlock
 from hotloop_core.errors import UnsupportedError
 
 from .stored import Stored
@@ -29,11 +30,13 @@ _NAMES = {
     "q": "blk.{layer}.attn_q",
     "k": "blk.{layer}.attn_k",
     "v": "blk.{layer}.attn_v",
+    "qkv": "blk.{layer}.attn_qkv",
     "o": "blk.{layer}.attn_output",
     "q_norm": "blk.{layer}.attn_q_norm",
     "k_norm": "blk.{layer}.attn_k_norm",
     "gate": "blk.{layer}.ffn_gate",
     "up": "blk.{layer}.ffn_up",
+    "gate_up": "blk.{layer}.ffn_up",
     "down": "blk.{layer}.ffn_down",
 }
 """Role -> the format's own name for it; a family's `ExportFacts.names` go before."""
@@ -45,7 +48,9 @@ _INVERSES: dict[str, Callable[[Tensor, ModelFacts], Tensor]] = {
 }
 """What undoes a transform that a family's `ExportFacts.transforms` name."""
 
-_NOT_WEIGHTS = frozenset({"rope_freqs.weight"})
+_NOT_WEIGHTS = frozenset(
+    {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+)
 """Tensors that the config holds."""
 
 
@@ -114,8 +119,9 @@ def _paths(spec: FamilySpec, facts: ModelFacts) -> Iterator[tuple[str, int | Non
     for index in range(facts.layers):
         layer = spec.layer_spec(facts.config, index)
         for part in (layer.norms, layer.attention, layer.mlp):
-            for role in _NAMES.keys() & vars(part).keys():
-                path = getattr(part, role)
+            fields = part.projections if isinstance(part, CustomBlock) else vars(part)
+            for role in _NAMES.keys() & fields.keys():
+                path = fields[role]
                 if isinstance(path, str):
                     yield role, index, f"{spec.layers}.{index}.{path}"
 

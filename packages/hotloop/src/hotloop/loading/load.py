@@ -90,6 +90,7 @@ def load(
         BudgetError: nothing fits `vram`; names the least that would do. Or the host cannot lock the memory that the
             plan wants of it.
         PlanError: a plan for another model.
+        UnsupportedError: a device that is neither CUDA nor the CPU, or a torch whose allocator cannot keep a budget.
 
     """
     import torch
@@ -171,12 +172,21 @@ def _stretch_allocator() -> None:
     """Lets torch's allocator grow its segments, so that what it holds stays near what is used, as a budget supposes.
 
     For the whole process, and only for memory taken from now on. Torch has no public name for it at run time.
+
+    Raises:
+        UnsupportedError: this torch does not have the one that torch 2.10 to 2.15 have.
     """
     import torch
 
-    change = getattr(torch.cuda.memory, "_set_allocator_settings", None)
-    if change is not None:
-        change("expandable_segments:True")
+    name = "_accelerator_setAllocatorSettings"
+    change = getattr(torch._C, name, None)
+    if change is None:
+        raise UnsupportedError(
+            f"torch {torch.__version__} lacks torch._C.{name}, by which a budget has the allocator grow its segments: "
+            "without it the process would hold more than the plan counts. Install a torch that has it (2.11 to 2.15 "
+            "do), or load without vram=, which plans for all that is free."
+        )
+    change("expandable_segments:True")
 
 
 def _rank(source: Source) -> int | None:

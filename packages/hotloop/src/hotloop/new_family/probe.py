@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hotloop_core import Plugin, Registry
+from hotloop_core import Attention, Glu, LayerSpec, Plugin, Registry
 from hotloop_core.errors import HotloopError
 
-from .tiny import OPTIONAL, SIZES, Tiny, build, multipliers, tokens
+from .tiny import OPTIONAL, SIZES, SOFTCAP, Tiny, build, multipliers, tokens
 from .trace import CLOSE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from hotloop_core import FamilySpec
     from torch import Tensor
     from transformers import PreTrainedConfig
 
+FAR = 2**20
+"""A position behind every length at which a model changes its attention."""
 _NOT_LAYERS = (
     "token",
     "cache",
@@ -35,24 +40,64 @@ def registry_of(family: FamilySpec) -> Registry:
     return Registry((plugin,))
 
 
-def difference(family: FamilySpec, config: PreTrainedConfig, *, training: bool = False) -> float:
-    """How far a model wired as `family` says is from itself, relative, in fp32: the larger of loss and logits."""
+@dataclass(frozen=True)
+class Difference:
+    """How far a wired model is from itself, relative, in fp32; the larger of loss and logits.
+
+    near: from position 0. far: behind every length at which a model changes its attention.
+    """
+
+    near: float
+    far: float
+
+    @property
+    def none(self) -> bool:
+        """Whether both are rounding."""
+        return max(self.near, self.far) <= CLOSE
+
+
+def difference(
+    family: FamilySpec, config: PreTrainedConfig, *, training: bool = False
+) -> Difference:
+    """Runs a model of a config, wires it as `family` says, and runs it again.
+
+    Raises:
+        OwnCodeError: the model cannot be built or run as it is.
+    """
     from hotloop.wiring import wire
 
-    model = build(config).train(training)
-    ids = tokens(config)
+    try:
+        model = build(config).train(training)
+        own = _results(model)
+    except Exception as error:  # the model's own code does not take the value
+        raise OwnCodeError(_said(error)) from error
+    wire(model, registry=registry_of(family))
+    loss, logits, far = (
+        float((wired - plain).norm() / plain.norm())
+        for wired, plain in zip(_results(model), own, strict=True)
+    )
+    return Difference(max(loss, logits), far)
 
-    def run() -> tuple[Tensor, Tensor]:
-        torch.manual_seed(0)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        torch.manual_seed(0)
-        return loss, model(input_ids=ids, use_cache=False).logits + 0
 
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+class OwnCodeError(Exception):
+    """A model that does not run before anything was done to it."""
+
+
+def _results(model: Any) -> tuple[Tensor, ...]:
+    """Loss, logits, and logits of the same tokens far from the start, where some models scale differently."""
+    ids = tokens(model.config)
+    far = FAR + torch.arange(ids.shape[1]).expand_as(ids)
+    found: list[Tensor] = []
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        own = run()
-        wire(model, registry=registry_of(family))
-        pairs = zip(run(), own, strict=True)
-        return max(float((wired - plain).norm() / plain.norm()) for wired, plain in pairs)
+        for options in ({"labels": ids}, {}, {"position_ids": far}):
+            torch.manual_seed(0)
+            outputs = model(input_ids=ids, use_cache=False, **options)
+            found.append(outputs.loss if "labels" in options else outputs.logits + 0)
+    return tuple(found)
 
 
 def unread_keys(family: FamilySpec, small: Tiny) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -63,45 +108,90 @@ def unread_keys(family: FamilySpec, small: Tiny) -> tuple[dict[str, str], tuple[
     base = small.config()
     values = base.to_dict()
     known = {*SIZES, "head_dim", *multipliers(values), *type(base).__mro__[1]().to_dict()}
+    switches = _bias_switches(family)
+    together = {key: not values[key] for key in switches}
+    trials = [_trial(key, values) for key in values if key not in known]
     refused: dict[str, str] = {}
     notes: list[str] = []
-    for key, value in values.items():
-        if key in known or any(word in key for word in _NOT_LAYERS):
+    for changes in [*trials, *([together] if len(together) > 1 else [])]:
+        key, changed = next(iter(changes.items()))
+        if changed is None or any(word in key for word in _NOT_LAYERS):
             continue
-        changed = _changed(key, value)
-        if changed is None:
+        what = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+        try:
+            found = _tried(family, small, changes, training="drop" in key)
+        except OwnCodeError as error:
+            if key not in switches:  # those are also tried together
+                notes.append(f"{what} could not be tried: {error}")
             continue
-        found = _tried(family, small, {key: changed}, training="dropout" in key or "pdrop" in key)
         if found is None:
             continue
-        if isinstance(value, bool | float) and not value:
+        if not values[key] and key not in switches:
             refused[key] = found
         else:
-            notes.append(f"{key}={changed!r}: {found}")
+            notes.append(f"{what}: {found}")
     return refused, tuple(notes)
 
 
-def _changed(key: str, value: Any) -> Any:
+def drop_ignored(family: FamilySpec, small: Tiny) -> FamilySpec:
+    """The description without keys that have no value by default and that the model's own code then passes by.
+
+    Gemma 3's config has the cap of Gemma 2's attention, its attention has not.
+    """
+    values = small.config().to_dict()
+    for name in ("attention_softcap", "logit_softcap", "window"):
+        key = getattr(family.keys, name)
+        if key is None or values[key] is not None:
+            continue
+        without = replace(family, keys=replace(family.keys, **{name: None}))
+        changes = _trial(key, values)
+        try:
+            found = [_tried(each, small, changes, training=False) for each in (family, without)]
+        except OwnCodeError:  # the value does not go with the others
+            continue
+        if found[0] is not None and found[1] is None:
+            family = without
+    return family
+
+
+def _bias_switches(family: FamilySpec) -> list[str]:
+    """The keys of the config that bring a bias, as the description says."""
+    layer = family.layer
+    assert isinstance(layer, LayerSpec)
+    assert isinstance(layer.attention, Attention) and isinstance(layer.mlp, Glu)
+    said = (layer.attention.qkv_bias, layer.attention.o_bias, layer.mlp.bias)
+    return sorted({each for each in said if isinstance(each, str)})
+
+
+def _trial(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The key with another value, first, and what makes that value count."""
+    value, changed = values[key], None
     if isinstance(value, bool):
-        return not value
-    if value is None:
-        return OPTIONAL.get(key)
-    if isinstance(value, float):
-        return 0.5 if value == 0 else value * 1.5
-    return None
+        changed = not value
+    elif value is None:
+        guess = True if key.startswith("use_") else SOFTCAP if "softcap" in key else None
+        changed = OPTIONAL.get(key, guess)
+    elif isinstance(value, float):
+        changed = 0.5 if value == 0 else value * 1.5
+    window = {"sliding_window": OPTIONAL["sliding_window"]}
+    counts = changed is True and "window" in key and window.keys() <= values.keys()
+    return {key: changed, **(window if counts else {})}
 
 
 def _tried(
     family: FamilySpec, small: Tiny, changes: dict[str, Any], *, training: bool
 ) -> str | None:
-    """What goes wrong with these changes; None if nothing does, or if it is refused with a reason already."""
+    """What goes wrong with these changes; None if nothing does, or if it is refused with a reason already.
+
+    Raises:
+        OwnCodeError: the model's own code does not take them.
+    """
     try:
         config = small.config(changes)
+    except Exception as error:  # the config checks itself
+        raise OwnCodeError(_said(error)) from error
+    try:
         found = difference(family, config, training=training)
     except HotloopError:
         return None
-    except Exception as error:  # the model's own code does not take the value
-        return f"the model's own code cannot run it ({type(error).__name__}: {error})"
-    return (
-        None if found <= CLOSE else "changes the layers in a way that this description does not say"
-    )
+    return None if found.none else "changes the layers in a way that this description does not say"

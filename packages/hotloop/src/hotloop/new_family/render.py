@@ -26,6 +26,9 @@ dependencies = ["hotloop-core>=0.1,<0.2"]
 [project.entry-points.hotloop]
 {name} = "hotloop_{name}"
 
+[dependency-groups]
+dev = ["hotloop-testkit>=0.1,<0.2", "hotloop-safetensors>=0.1,<0.2"]
+
 [build-system]
 requires = ["hatchling>=1.27"]
 build-backend = "hatchling.build"
@@ -36,7 +39,7 @@ packages = ["src/hotloop_{name}"]
 _README = """\
 # hotloop-{dash}
 
-The {name} family for Hotloop. `uv pip install .` makes it known.
+The {name} family for Hotloop. `uv pip install .` makes it known, `uv run pytest` runs the conformance kit.
 
 Guessed by `hotloop new-family {name}` from transformers' model. Look at these before you rely on it:
 
@@ -83,7 +86,7 @@ def files(guess: Guess) -> dict[str, str]:
     constant = name.upper()
     title = "".join(part.capitalize() for part in name.split("_"))
     used: set[str] = {"FamilySpec", "hookimpl"}
-    spec = _source(guess.family, used, 0)
+    spec = _source(guess.family, used)
     names = sorted(used, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
     fields = {
         "name": name,
@@ -116,11 +119,14 @@ def write(guess: Guess, directory: Path) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def _source(value: Any, used: set[str], depth: int) -> str:
+def _source(value: Any, used: set[str]) -> str:
     """A description as Python that makes it, without what is as it is by default."""
     if isinstance(value, frozenset):
         return f"frozenset({{{', '.join(json.dumps(each) for each in sorted(value))}}})"
-    if isinstance(value, str | dict):
+    if isinstance(value, dict) and value:
+        entries = ",\n".join(f"{json.dumps(k)}: {_source(v, used)}" for k, v in value.items())
+        return f"{{\n{textwrap.indent(entries, '    ')},\n}}"
+    if isinstance(value, str):
         return json.dumps(value)
     if not dataclasses.is_dataclass(value):
         return repr(value)
@@ -137,7 +143,7 @@ def _source(value: Any, used: set[str], depth: int) -> str:
             used.add("API")
             text = "API"
         else:
-            text = _source(own, used, depth + 1)
+            text = _source(own, used)
         lines.append(f"{field.name}={text},")
     if not lines:
         return f"{kind}()"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hotloop_core.errors import UnsupportedError
+
+from .kinds import check_layers, decoder_config, own_code, without_memory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,16 +21,26 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
+    "rotary_dim": 8,
     "initializer_range": 0.2,  # large, so that attention is far from uniform and a wrong rotation shows
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
-OPTIONAL: dict[str, Any] = {"sliding_window": 9, "query_pre_attn_scalar": 5}
-"""Set only where the default config gives them a value."""
+OPTIONAL: dict[str, Any] = {
+    "sliding_window": 9,
+    "max_window_layers": 1,
+    "query_pre_attn_scalar": 5,
+    "clip_qkv": 0.1,
+}
+"""Set only where the default config gives them a value; tried where it gives none."""
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_eps", "layer_norm_epsilon", "norm_epsilon")
+"""The names that configs have for the epsilon of their norms."""
 HEAD_DIMS = (32, 16)
 """Another head size than hidden_size / heads, where the model can have one."""
 SOFTCAP = 2.0
+NORM_EPS = 1e-3
+"""So large that a norm with another epsilon than the config's shows."""
 MOST_LAYERS = 8
 NORM_STD, BIAS_STD = 0.1, 0.01
 LENGTH = 40
@@ -52,56 +62,34 @@ def tiny(model_type: str) -> Tiny:
     """Sizes for a small model that has every kind of layer of its type, and multipliers that are not one.
 
     Raises:
-        UnsupportedError: transformers does not know the type, or it is no decoder of text alone.
+        UnsupportedError: transformers does not know the type, or it is no dense decoder of text alone, with layers of
+            one kind.
     """
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING), n=3)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise UnsupportedError(
-            f"transformers has no model_type={model_type!r}.{hint} A model whose code comes with its checkpoint needs "
-            "a description by hand: docs/write-a-family.md"
-        )
-    config_class = CONFIG_MAPPING[model_type]
-    default = config_class()
-    parts = {
-        name: getattr(default, name).model_type
-        for name in default.sub_configs
-        if hasattr(getattr(default, name, None), "model_type")
-    }
-    if parts:
-        inside = ", ".join(f"{name} is {kind!r}" for name, kind in parts.items())
-        raise UnsupportedError(
-            f"model_type={model_type!r} is made of several models ({inside}); a family describes one decoder of text. "
-            "Describe its text model."
-        )
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnsupportedError(
-            f"model_type={model_type!r} has no ...ForCausalLM in transformers, so it has no loss over next tokens."
-        )
-    experts = sorted(key for key in default.to_dict() if "expert" in key)
-    if experts:
-        raise UnsupportedError(
-            f"model_type={model_type!r} routes tokens to experts ({', '.join(experts)}); guessing is for dense layers."
-        )
-    small = Tiny(config_class=config_class, arguments=_arguments(config_class, default))
-    if "head_dim" not in default.to_dict():
-        return small
-    for head_dim in HEAD_DIMS:
+    default = decoder_config(model_type)
+    whole = without_memory(default)
+    if whole is not None:
+        check_layers(model_type, whole)
+    with own_code(
+        f"model_type={model_type!r}: its config does not take the sizes of a small model"
+    ):
+        small = Tiny(config_class=type(default), arguments=_arguments(type(default), default))
+    for head_dim in HEAD_DIMS if "head_dim" in default.to_dict() else ():
         made = replace(small, arguments={**small.arguments, "head_dim": head_dim})
         if _runs(made):
-            return made
+            small = made
+            break
+    if whole is None:  # the type's own defaults make no model
+        with own_code(f"model_type={model_type!r}: its model cannot be built"):
+            check_layers(model_type, build(small.config()))
     return small
 
 
 def _runs(small: Tiny) -> bool:
-    model = build(small.config())
     try:
+        model = build(small.config())
         with torch.no_grad():
             model(input_ids=tokens(model.config), use_cache=False)
-    except RuntimeError:  # shapes that do not fit
+    except Exception:  # whatever the model's own code raises about sizes that do not fit
         return False
     return True
 
@@ -114,6 +102,7 @@ def _arguments(config_class: type[PreTrainedConfig], default: PreTrainedConfig) 
         arguments[key] = (
             number / 10 + 0.01
         )  # a value of its own, that can be recognised where it works
+    arguments |= {key: NORM_EPS for key in EPSILONS if key in values}
     arguments |= {
         key: 0.0 for key, value in values.items() if ("dropout" in key or "pdrop" in key) and value
     }

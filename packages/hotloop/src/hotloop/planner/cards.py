@@ -105,6 +105,8 @@ def find_card(name: str) -> Card:
         ConfigError: no card, or more than one, has that name.
 
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"card={name!r}: expected a name, its numbers ({_EXAMPLE!r}) or a Card")
     if "," in name:
         return _from_numbers(name)
     asked = _words(name)
@@ -123,15 +125,15 @@ def find_card(name: str) -> Card:
 
 
 _EXAMPLE = "24GiB,165TFLOP/s,1008GB/s,25GB/s"
+_NUMBER = r"\s*(\d+(?:\.\d*)?)\s*"
 _NUMBERS = re.compile(
-    r"\s*([\d.]+)\s*(GiB|GB),\s*([\d.]+)\s*TFLOP/s,\s*([\d.]+)\s*GB/s,\s*([\d.]+)\s*GB/s\s*",
-    re.IGNORECASE,
+    rf"{_NUMBER}(GiB|GB),{_NUMBER}TFLOP/s,{_NUMBER}GB/s,{_NUMBER}GB/s\s*", re.IGNORECASE
 )
 
 
 def _from_numbers(text: str) -> Card:
     match = _NUMBERS.fullmatch(text)
-    if match is None:
+    if match is None or not all(float(match[i]) > 0 for i in (1, 3, 4, 5)):
         raise ConfigError(
             f"card {text!r}: expected memory, the data sheet's 16-bit rate, the memory's rate and the "
             f"host link's, such as {_EXAMPLE!r}"

@@ -203,9 +203,11 @@ class Job:
         lora = sum(rank * sum(shapes[role]) for role, rank in self.ranks.items())
         return int(self.facts.layers * lora * (4 + 4 + state))
 
-    def loss(self, tile: int | None) -> int:
-        """Bytes of the loss: the last hidden states, their normed copy and its gradient, and a tile of
-        logits.
+    @cached_property
+    def loss(self) -> int:
+        """Bytes of the loss: the last hidden states, their normed copy and its gradient; and a tile of
+        logits with the hidden states of its tokens and their gradient.
         """
-        tokens = self.tokens if tile is None else min(tile, self.tokens)
-        return 3 * self.stream + min(LOSS_TILE, tokens * self.facts.vocab_size * self.width)
+        vocabulary = self.facts.vocab_size
+        taken = min(self.tokens, LOSS_TILE // (vocabulary * self.width))
+        return 3 * self.stream + taken * (vocabulary + 2 * self.facts.hidden_size) * self.width

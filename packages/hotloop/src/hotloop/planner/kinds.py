@@ -7,7 +7,7 @@ from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 from hotloop_core import LayerPlan, Placement
-from hotloop_core.plan import RECOMPUTE_ALL
+from hotloop_core.plan import RECOMPUTE_ALL, key_heads_at_once
 
 from .timing import MOVE_MS
 
@@ -23,7 +23,9 @@ KEEP, OFFLOAD, RECOMPUTE = Placement.KEEP, Placement.OFFLOAD, Placement.RECOMPUT
 STRIDES = (2, 3, 4, 8)
 """x may be stored for every so many layers only, where everything else is recomputed."""
 
-MLP_NAMES = ("x_mid", "gate_up", "mlp_out")
+ABOVE_ATTENTION = ("attention_out", "x_mid", "gate_up", "own_mlp", "mlp_out")
+"""What is free when backward comes to attention itself."""
+
 TILED_AWAY = ("gate_up", "mlp_out")
 """With tiles the MLP makes these a tile at a time, and again in backward."""
 
@@ -47,9 +49,14 @@ class Kind:
             if i % self.stride:
                 chosen["x"] = RECOMPUTE
             if last and i == count - 1:
-                chosen = {n: KEEP if p is OFFLOAD else p for n, p in chosen.items()}
+                chosen = _kept(chosen)
             made.append(LayerPlan(placements=_named(chosen)))
         return made
+
+
+def _kept(placements: Mapping[str, Placement]) -> dict[str, Placement]:
+    """With what is sent away kept instead."""
+    return {n: KEEP if p is OFFLOAD else p for n, p in placements.items()}
 
 
 def _named(placements: Mapping[str, Placement]) -> dict[str, Placement]:
@@ -66,7 +73,8 @@ class Costs(NamedTuple):
 
     Bytes: kept on the device and away on the host from forward to backward, the stored input of the
     layer counted apart (x_kept, x_away, once for every `stride` layers); backward and forward:
-    beyond those, at the worst moment. Milliseconds: again, of recomputation on the device; queue and
+    beyond those, at the worst moment; last: of backward in the model's last layer, which keeps what
+    the others send away. Milliseconds: again, of recomputation on the device; queue and
     queue_again, of the host in forward and in backward, for what moves or is recomputed.
     """
 
@@ -76,6 +84,7 @@ class Costs(NamedTuple):
     x_away: Any
     stride: Any
     backward: Any
+    last: Any
     forward: Any
     again: Any
     queue: Any
@@ -123,7 +132,8 @@ def chosen(job: Job, placements: Mapping[str, Placement]) -> Kind:
 
 def _complete(job: Job, placements: dict[str, Placement]) -> Kind:
     if job.facts.post_norms:
-        placements["attention_out"] = placements["attention"]
+        behind = "own_attention" if "attention" in job.facts.own else "attention"
+        placements["attention_out"] = placements[behind]
     return chosen(job, placements)
 
 
@@ -140,6 +150,7 @@ def costs(job: Job, kind: Kind, times: LayerTimes, tile: int | None) -> Costs:
         x_away=whole * (x is OFFLOAD),
         stride=kind.stride,
         backward=_backward(job, place, kind.stride, tile),
+        last=_backward(job, _kept(place), kind.stride, tile),
         forward=_forward(job, place, tile),
         again=sum(again.values()),
         queue=moves * MOVE_MS,
@@ -162,33 +173,59 @@ def _positions(job: Job) -> int:
     return 2 * job.tokens * job.facts.head_dim * job.width
 
 
+def _attention_gradients(job: Job) -> int:
+    """Bytes of attention's backward, per token: do, dq, dk, dv, and what its backend makes beside them.
+
+    That is dq summed in fp32; and where queries share keys, dk and dv of every query head before they
+    are added up (cuDNN and FlashAttention 2; FlashAttention 4 sums them in fp32, which takes less). A
+    long batch takes some heads after others, whose gradients are copied into those of all.
+    """
+    q, kv, b, facts = job.queries, job.keys, job.width, job.facts
+    beside = 4 * q + 2 * q * b * (q != kv)
+    heads = key_heads_at_once(job.tokens, facts.heads, facts.kv_heads, facts.head_dim)
+    if heads < facts.kv_heads:
+        beside = (beside + (q + 2 * kv) * b) * heads // facts.kv_heads
+    return (2 * q + 2 * kv) * b + beside
+
+
 def _backward(job: Job, place: Mapping[str, Placement], stride: int, tile: int | None) -> int:
     """Bytes of a layer's backward beyond what was kept, at the worse of two moments.
 
     In the MLP: what this layer brought back or computed again; the gradient that enters and the one
-    that leaves, whole; the gradients of the block's output and of act(gate)·up, for the tokens that
-    are taken at once, and with tiles gate, up and the output themselves. In attention, when the MLP's
-    tensors are free: do, dq, dk, dv, the backend's fp32 accumulator of dq, and the gradients entering
-    the layer, entering the block and leaving. To compute x_mid again takes all that attention needs.
+    that leaves, whole; and for the tokens that are taken at once the gradients of the block's output
+    and of act(gate)·up (before them, to make the output behind a norm again: act(gate)·up, the
+    output, the same normed and added), with tiles gate and up. In attention, when all above it is
+    free: its gradients, and those entering the layer, entering the block and leaving. To compute
+    x_mid again takes all that attention needs, or its output behind a norm. At either: the last
+    hidden states, which the model's output holds for whoever asks for logits.
     """
     t, b, d, i = job.tokens, job.width, job.facts.hidden_size, job.facts.intermediate_size
     taken = t if tile is None else min(tile, t)
     tiled = TILED_AWAY if tile is not None else ()
     back = {n: s for n, s in job.whole.items() if place[n] is not KEEP and n not in tiled}
     back["x"] = (stride - 1) * job.whole["x"] + back.get("x", 0)
-    in_mlp = back if place["x_mid"] is RECOMPUTE else {n: back.get(n, 0) for n in MLP_NAMES}
-    mlp = sum(in_mlp.values()) + 2 * job.stream + taken * b * (d + i)
-    if tile is not None:
-        mlp += taken * b * (2 * i + d * job.facts.post_norms)
-    mlp += job.extended("gate", "up") + job.extended("down") * (place["gate_up"] is not KEEP)
-    gradients = (2 * job.queries + 2 * job.keys) * b + 4 * job.queries
-    rotated = (job.queries + job.keys) * b * job.facts.qk_norm
-    unpacked = 2 * job.keys * b * (job.nf4_kv and place["qkv"] is KEEP)
-    attention = sum(s for n, s in back.items() if n not in MLP_NAMES) + 2 * job.stream
-    attention += t * (gradients + rotated + unpacked)
-    attention += job.extended("q", "k", "v") + job.extended("o")
-    attention -= sum(job.waiting[n] for n in MLP_NAMES if place.get(n) is KEEP)
-    return max(mlp, attention) + _under_way(job, place) + _positions(job)
+    through_attention = place["x_mid"] is place.get("attention_out", RECOMPUTE) is RECOMPUTE
+    above = back if through_attention else {n: back.get(n, 0) for n in ABOVE_ATTENTION}
+    mlp = sum(size for name, size in above.items() if name != "mlp_out") + 2 * job.stream
+    if "mlp" in job.facts.own:
+        mlp += _own_gradients(job, "mlp")
+    else:
+        mlp += taken * b * (i + d * (3 if place.get("mlp_out") is RECOMPUTE else 1))
+        mlp += taken * b * 2 * i * (tile is not None)
+        mlp += job.extended("gate_up") + job.extended("down") * (place["gate_up"] is not KEEP)
+    if "attention" not in job.facts.own:
+        mlp += job.extended("qkv") * (through_attention and place["qkv"] is RECOMPUTE)
+    mlp -= job.waiting.get("mlp_out", 0) * (place.get("mlp_out") is KEEP)
+    attention = sum(s for n, s in back.items() if n not in ABOVE_ATTENTION) + 2 * job.stream
+    attention += t * _attention_gradients(job)
+    if "attention" in job.facts.own:
+        attention += _own_gradients(job, "attention")
+    else:
+        rotated = (job.queries + job.keys) * b * job.facts.qk_norm
+        unpacked = 2 * job.keys * b * (job.nf4_kv and place["qkv"] is KEEP)
+        attention += t * (rotated + unpacked) + job.extended("qkv") + job.extended("o")
+    attention -= sum(job.waiting[n] for n in ABOVE_ATTENTION if place.get(n) is KEEP)
+    return max(mlp, attention) + _under_way(job, place) + _positions(job) + job.stream
 
 
 def _forward(job: Job, place: Mapping[str, Placement], tile: int | None) -> int:
@@ -198,6 +235,15 @@ def _forward(job: Job, place: Mapping[str, Placement], tile: int | None) -> int:
     i, taken = job.facts.intermediate_size, job.tokens if tile is None else min(tile, job.tokens)
     tiled = TILED_AWAY if tile is not None else ()
     made = sum(s for n, s in job.whole.items() if place[n] is RECOMPUTE and n not in (*tiled, "x"))
-    at_once = taken * job.width * (3 * i if tile is not None else i)
     streams = 2 * job.stream + _under_way(job, place) + _positions(job)
-    return made + at_once + streams + job.extended("gate", "up")
+    if "mlp" in job.facts.own:
+        return made + streams + _own_gradients(job, "mlp")
+    at_once = taken * job.width * (3 * i if tile is not None else i)
+    return made + at_once + streams + job.extended("gate_up")
+
+
+def _own_gradients(job: Job, part: str) -> int:
+    """Bytes that a family's own block works with, beside what it keeps: as much again, its input and its output, and
+    the widest copy of a projection.
+    """
+    return job.whole[f"own_{part}"] + 2 * job.stream + job.extended_own(part)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Integral
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,26 +16,27 @@ from hotloop_core.errors import ConfigError, UnsupportedError
 from .job import OPTIMIZER_BYTES, Job
 
 if TYPE_CHECKING:
-    import os
-
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What is read from a loaded model. outside_frozen: neither its embedding nor its head trains."""
+    """What is read from a loaded model. ranks: role -> rank of the adapters that it has. outside_frozen:
+    neither its embedding nor its head trains.
+    """
 
     frozen_bytes: int
     trained_bytes: int
     adapted: bool
+    ranks: Mapping[str, int]
     bits: int
     width: int
     full: bool
     outside_frozen: bool
 
     def refine(self, job: Job, planned_lora: bool) -> Job:
-        """`job` with the model's own bytes; an adapter that is still to come keeps its worked-out
-        bytes.
+        """`job` with the model's own bytes and ranks; an adapter that is still to come keeps those that
+        were worked out.
         """
         known = self.trained_bytes if self.adapted or not planned_lora else None
         return replace(
@@ -41,6 +44,7 @@ class Measured:
             bits=self.bits,
             width=self.width,
             full=self.full,
+            ranks=self.ranks if self.adapted else job.ranks,
             weight_bytes=self.frozen_bytes,
             trained_bytes=known,
             outside_frozen=self.outside_frozen,
@@ -57,13 +61,18 @@ def read(source: Any, family: str | None, optimizer: str) -> tuple[ModelFacts, M
     """
     if isinstance(source, ModelFacts):
         return source, None
-    measured = None
-    if hasattr(source, "named_parameters"):
-        measured, source = _measure(source, optimizer), source.config
+    model = source if hasattr(source, "named_parameters") else None
+    if model is not None:
+        source = source.config
     if hasattr(source, "to_dict"):
         source = source.to_dict()
-    if not isinstance(source, Mapping):
+    if isinstance(source, str | PathLike):
         source = _config_at(source)
+    if not isinstance(source, Mapping):
+        raise ConfigError(
+            f"found {type(source).__name__}; expected a model, its config, a mapping as in "
+            "config.json, a path or a hub id"
+        )
     spec = discover().match(source, family=family)
     layer = spec.layer_spec(source, 0)
     if not (isinstance(layer.attention, Attention) and isinstance(layer.mlp, Glu)):
@@ -72,10 +81,11 @@ def read(source: Any, family: str | None, optimizer: str) -> tuple[ModelFacts, M
             f"has {type(layer.attention).__name__} and {type(layer.mlp).__name__}. Wire it without "
             "a plan."
         )
-    return facts_of(spec, source), measured
+    facts = facts_of(spec, source)
+    return facts, None if model is None else _measure(model, optimizer, layer.projections)
 
 
-def _config_at(source: str | os.PathLike[str]) -> Mapping[str, Any]:
+def _config_at(source: str | PathLike[str]) -> Mapping[str, Any]:
     """The config of a path or hub id; a path may name the config.json itself, since no weight is read."""
     from hotloop.loading.source import locate
 
@@ -91,11 +101,16 @@ def _config_at(source: str | os.PathLike[str]) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", config)
 
 
-def _measure(model: PreTrainedModel, optimizer: str) -> Measured:
+def _measure(model: PreTrainedModel, optimizer: str, projections: Mapping[str, str]) -> Measured:
     frozen = trained = quantised = 0
     adapted = False
+    ranks: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         size = parameter.numel() * parameter.element_size()
+        module, adapter, _ = name.partition(".lora_A.")
+        for role, path in projections.items():
+            if adapter and module.endswith(f".{path}"):
+                ranks[role] = max(ranks.get(role, 0), parameter.shape[0])
         if parameter.requires_grad:
             state = OPTIMIZER_BYTES[optimizer] * parameter.numel()
             adapter = ".lora_" in name or ".modules_to_save." in name
@@ -115,6 +130,7 @@ def _measure(model: PreTrainedModel, optimizer: str) -> Measured:
         frozen_bytes=frozen,
         trained_bytes=trained,
         adapted=adapted,
+        ranks=ranks,
         bits=4 if quantised else 16,
         width=embedding.weight.element_size(),
         full=bool(trained) and not adapted,
@@ -143,8 +159,13 @@ def ranks_of(lora: int | Mapping[str, int] | None, facts: ModelFacts) -> dict[st
         else dict.fromkeys(roles, lora)
     )
     unknown = ranks.keys() - roles.keys()
-    if unknown or any(rank < 1 for rank in ranks.values()):
+    if unknown or not all(whole(rank) and rank >= 1 for rank in ranks.values()):
         raise ConfigError(
             f"lora={lora!r}: expected a rank of 1 or more, or of each of {', '.join(roles)}"
         )
     return ranks
+
+
+def whole(number: object) -> bool:
+    """Whether it is a whole number, and not a truth value."""
+    return isinstance(number, Integral) and not isinstance(number, bool)

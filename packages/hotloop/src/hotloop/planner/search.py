@@ -18,10 +18,8 @@ from __future__ import annotations
 from math import inf
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .kinds import Kind, leanest
-from .space import SLOTS, Bounds, Found, Homes, Space, stacked
+from .space import NOWHERE, Bounds, Found, Homes, Space
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -90,28 +88,11 @@ def fastest(found: Iterable[Space], bounds: Bounds) -> Found | None:
 
 
 def least(found: Iterable[Space], bounds: Bounds) -> tuple[int, Found] | None:
-    """The smallest peak of all plans that treat every layer alike, within the host's bound; every
-    layer streams its weights where it may.
-    """
-    best: tuple[int, Space, int, int, int] | None = None
+    """The smallest peak within the host's bound, and its plan; None where the host can hold none."""
+    best: tuple[int, Found] | None = None
     for space in found:
-        streamed = space.homes.streamed
-        if streamed is None:
-            streamed = space.layers if bounds.stream and space.layers > SLOTS else 0
-        every = stacked(space.costs)
-        held = space.bytes(space.early(every, 0), space.late(every, space.layers), streamed)
-        host = held.away + held.host_weights + held.host_outside
-        peak = np.where(host <= bounds.host, space.peak(held), NOWHERE)
-        at = int(np.argmin(peak))
-        if best is None or peak[at] < best[0]:
-            best = int(peak[at]), space, at, int(host[at]), streamed
-    if best is None or best[0] == NOWHERE:
-        return None
-    peak, space, at, host, streamed = best
-    runs = space.runs_late(space.costs[at], space.layers, streamed)
-    ms = float(sum(run.total for run in runs)) + space.outside
-    return peak, Found(ms=ms, host=host, space=space, early=at, count=0, late=at, streamed=streamed)
-
-
-NOWHERE = 2**62
-"""Bytes of a plan that the host cannot hold."""
+        made = space.least(bounds)
+        peak = NOWHERE if made is None else int(space.peak(made.bytes()))
+        if made is not None and (best is None or peak < best[0]):
+            best = peak, made
+    return best

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .kinds import Costs, Kind, costs, kinds
+from .candidates import CHUNK, Block, Index, Part
+from .kinds import Costs, Kind, costs, kinds, leanest
 from .timing import Pass, layer_times, passes
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 SLACK_BYTES, SLACK_PERCENT = 128 * 2**20, 8
 """What the allocator reserves and cuBLAS's workspace takes beside the tensors: a constant, and a share of all else but
 weights. An H100 kept 18.9 GiB for 17.8 of tensors and 56.9 for 53.0; a budget must hold what is reserved."""
+
+NOWHERE = 2**62
+"""Bytes of a plan that the host cannot hold."""
 
 SLOTS = 2
 """Layers that streamed weights have room for on the device: the one at work and the next."""
@@ -69,18 +73,6 @@ class Bounds:
     stream: bool = True
 
 
-class Part(NamedTuple):
-    """Bytes of the early or of the late layers: kept for backward, their worst moment (early layers:
-    in all; late ones: beyond all that is kept), away on the host, and on the device of what one of
-    them sends away: it may still be on its way when the layers above, or the loss, are at work.
-    """
-
-    kept: Any
-    moment: Any
-    away: Any
-    leaving: Any
-
-
 class Space:
     """All plans of the class for one tile and one home of embedding and head.
 
@@ -113,16 +105,19 @@ class Space:
         return Part(kept, moment, count * costs.away + stored * costs.x_away, leaving)
 
     def late(self, costs: Costs, count: Any) -> Part:
-        """The last `count` layers, one at least. Worst are the loss and the last layer's backward."""
+        """The last `count` layers, one at least. Worst are the loss, the last layer's backward, or that
+        of the one below it, when what the last one kept is free.
+        """
         stored, stays = _stored(count, costs), self._stays(costs, count)
         head = (self.job.head or self.job.embedding) * self.homes.head
-        leaving = costs.away + costs.x_away
-        loss = np.maximum(self.job.loss(self.tile) + leaving, costs.forward) + head
+        leaving = (count > 1) * (costs.away + costs.x_away)
+        loss = np.maximum(self.job.loss + leaving, costs.forward) + head
+        below = (count > 1) * (costs.backward - stays - costs.kept)
         return Part(
             count * costs.kept + stored * costs.x_kept + stays,
-            np.maximum(loss, costs.backward - stays),
+            np.maximum(np.maximum(loss, costs.last + leaving), below),
             count * costs.away + stored * costs.x_away - stays,
-            (count > 0) * leaving,
+            leaving,
         )
 
     def _stays(self, costs: Costs, count: Any) -> Any:
@@ -133,7 +128,8 @@ class Space:
         """Where the bytes of a plan are at its peak."""
         job = self.job
         kept = early.kept + late.kept
-        working = np.maximum(kept + late.moment + early.leaving, early.moment) - kept
+        leaving = np.maximum(early.leaving - late.leaving, 0)  # no more than one layer's worth is
+        working = np.maximum(kept + late.moment + leaving, early.moment) - kept
         outside = job.embedding * self.homes.embedding + job.head * self.homes.head
         return Bytes(
             weights=job.weights - outside - streamed * job.layer_weights,
@@ -180,6 +176,41 @@ class Space:
                 to_beat = min(to_beat, best.ms)
         return best
 
+    def least(self, bounds: Bounds) -> Found | None:
+        """The plan of one kind of layer, or of two of the leanest, that takes the least of the device
+        within the host's bound; with as many layers streamed as that lets.
+        """
+        best: tuple[int, Index, Any, int] | None = None
+        for block in chain(self._blocks(False), self._blocks(True, leanest(self.job))):
+            index = block.pick(inf, inf, bounds.host)
+            early, late = index.parts
+            streamed = self._most_streamed(self.bytes(early, late, 0), bounds)
+            held = self.bytes(early, late, streamed)
+            peak = np.where(_host(held) <= bounds.host, self.peak(held), NOWHERE)
+            at = int(np.argmin(peak)) if len(peak) else -1
+            if at >= 0 and peak[at] < (NOWHERE if best is None else best[0]):
+                best = int(peak[at]), index, streamed, at
+        if best is None:
+            return None
+        _, index, streamed, at = best
+        return Found(
+            ms=0.0,
+            host=0,
+            space=self,
+            early=int(index.first[at]),
+            count=int(index.count[at]),
+            late=int(index.second[at]),
+            streamed=int(streamed[at]),
+        ).weighed()
+
+    def _most_streamed(self, resident: Bytes, bounds: Bounds) -> Any:
+        """The most layers that may stream their weights; none where that would free nothing."""
+        if self.homes.streamed is not None or not bounds.stream:
+            return np.full_like(resident.away, self.homes.streamed or 0)
+        room = np.minimum(bounds.host - _host(resident), self.layers * self.job.layer_weights)
+        count = (room // self.job.layer_weights).astype(np.int64)
+        return np.where(count > SLOTS, count, 0)
+
     def next_faster(self, found: Found, share: float) -> int | None:
         """The least memory for which a plan of this space is faster by a share of the step; None if
         none is.
@@ -192,8 +223,8 @@ class Space:
                 best = int(peak.min())
         return best
 
-    def _blocks(self, mixed: bool) -> Iterator[Block]:
-        """All plans of one kind of layer, or of two."""
+    def _blocks(self, mixed: bool, among: Sequence[Kind] | None = None) -> Iterator[Block]:
+        """All plans of one kind of layer, or of two (of these)."""
         every = stacked(self.costs)
         tall = Costs(*(column[:, None] for column in every))
         first = second = np.arange(len(self.kinds))
@@ -201,7 +232,8 @@ class Space:
         if mixed:
             kept = every.kept + every.x_kept / every.stride
             less = kept[:, None] <= kept[None, :]
-            first, second = np.nonzero(less & ~np.eye(len(kept), dtype=bool))
+            mine = np.array([among is None or kind in among for kind in self.kinds])
+            first, second = np.nonzero(less & ~np.eye(len(kept), dtype=bool) & mine[:, None] & mine)
         rest = self.layers - counts
         parts = self.early(tall, counts), self.late(tall, rest)
         below = sum(run.total for run in self.runs_early(tall, counts, 0))
@@ -222,7 +254,7 @@ class Space:
         early, late = index.parts
         streamed = self.streamed(self.bytes(early, late, 0), bounds)
         held = self.bytes(early, late, streamed)
-        host = held.away + held.host_weights + held.host_outside
+        host = _host(held)
         fits = np.flatnonzero(
             (self.peak(held) <= bounds.device) & (host <= bounds.host) & (streamed <= self.layers)
         )
@@ -263,54 +295,6 @@ class Space:
         return np.where(missing <= 0, 0, -(-missing // self.job.layer_weights) + SLOTS)
 
 
-class Index(NamedTuple):
-    """Plans of one space, as arrays: the numbers of their two kinds, how many layers are early, and
-    their bytes.
-    """
-
-    first: Any
-    second: Any
-    count: Any
-    parts: tuple[Part, Part]
-
-
-class Block(NamedTuple):
-    """Plans of one space: a row for each pair of kinds, a column for each count of early layers.
-
-    ms: of the early and of the late layers by kind and count, without streamed weights: bounds from
-    below. parts: their bytes.
-    """
-
-    first: Any
-    second: Any
-    counts: Any
-    ms: tuple[Any, Any]
-    parts: tuple[Part, Part]
-
-    def pick(self, ms: float, room: float, host: float) -> Index:
-        """Those that may take `ms` at most, `room` bytes of activations and `host` bytes there."""
-        early, late = self.parts
-        wanted = self._sums(*self.ms) <= ms
-        if room < inf:
-            wanted &= self._sums(early.kept, late.kept + late.moment) <= room
-        if host < inf:
-            wanted &= self._sums(early.away, late.away) <= host
-        rows, columns = np.nonzero(wanted)
-        first, second = self.first[rows], self.second[rows]
-        return Index(
-            first=first,
-            second=second,
-            count=self.counts[columns],
-            parts=(
-                Part(*(part[first, columns] for part in early)),
-                Part(*(part[second, columns] for part in late)),
-            ),
-        )
-
-    def _sums(self, early: Any, late: Any) -> Any:
-        return early[self.first] + late[self.second]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """One plan of a space: the first `count` layers are of its kind number `early`, the others
@@ -329,6 +313,11 @@ class Found:
     def order(self) -> tuple[float, int]:
         """What the search minimises."""
         return self.ms, self.host
+
+    def weighed(self) -> Found:
+        """With its own milliseconds and host bytes."""
+        ms = round(float(sum(run.total for run in self.passes())) + self.space.outside, 6)
+        return replace(self, ms=ms, host=int(_host(self.bytes())))
 
     def bytes(self) -> Bytes:
         """Where its bytes are at the peak."""
@@ -356,13 +345,14 @@ class Found:
         return tuple(replace(m, streamed=s) for m, s in zip(made, away, strict=True))
 
 
-CHUNK = 8192
-"""Pairs of kinds that are evaluated at once, which bounds the search's own memory."""
-
-
 def stacked(priced: Sequence[Costs]) -> Costs:
     """The costs of many kinds as one, of arrays."""
     return Costs(*(np.array(column) for column in zip(*priced, strict=True)))
+
+
+def _host(held: Bytes) -> Any:
+    """Bytes on the host."""
+    return held.away + held.host_weights + held.host_outside
 
 
 def _stored(count: Any, cost: Costs) -> Any:

@@ -16,7 +16,8 @@ from .cards import REFERENCE, Card, find_card, present_card
 from .host import HOST_SHARE, assumed_host_memory, free_host_memory
 from .job import OPTIMIZER_BYTES, Job
 from .kinds import Kind, chosen, recompute_all
-from .read import ranks_of, read
+from .read import ranks_of, read, whole
+from .refusal import enough, refusal
 from .search import fastest, homes_of, lean, least, spaces
 from .space import Bounds, Found, Homes
 
@@ -54,6 +55,12 @@ class Request:
     homes: Plan | None = None
     nf4_kv: bool = False
 
+
+WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of an element."""
+
+MOST_TOKENS = 2**31
+"""Beyond it byte counts would leave 64 bits."""
 
 WORTH = 0.05
 """Of a step: how much faster another plan must be to be worth a note."""
@@ -154,7 +161,7 @@ class Task:
         """
         found = self.search()
         if found is None:
-            raise BudgetError(self._refusal())
+            raise BudgetError(refusal(self))
         return self.describe(found, self._notes(found))
 
     def describe(self, found: Found, notes: tuple[str, ...] = ()) -> Plan:
@@ -208,13 +215,13 @@ class Task:
         faster = found.space.next_faster(found, WORTH) if self.only is None else None
         if faster is not None and self.budget is not None:
             short = faster > self.budget
-            needs = amount(faster) if short else f"more host memory than {amount(self.host)}"
+            needs = enough(faster) if short else f"more host memory than {amount(self.host)}"
             notes.append(f"to be {WORTH:.0%} faster needs {needs}")
         leanest = self.least()
         if leanest is not None and leanest[0] < peak and self.only is None:
             slower = leanest[1].ms / found.ms - 1
             notes.append(
-                f"the least memory for this batch is {amount(leanest[0])}, {slower:.0%} slower"
+                f"the least memory for this batch is {enough(leanest[0])}, {slower:.0%} slower"
             )
         if self.budget is not None:
             longest = self.longest()
@@ -229,36 +236,6 @@ class Task:
         if self.timed and not self.rates.bf16:
             notes.append(f"{self.card} has no bf16 in hardware: train in fp16")
         return tuple(notes)
-
-    def _refusal(self) -> str:
-        """Why nothing fits, the least that would do, and what would fit."""
-        job, budget = self.job, self.bounds.device
-        found = self.least()
-        free = replace(self, host=2**62)
-        roomy = free.least()
-        assert roomy is not None
-        changes: list[str] = []
-        if found is None or (roomy[0] <= budget < found[0]):
-            changes.append(f"let {amount(roomy[1].host)} of host memory be pinned (host=)")
-        elif found[0] > budget:
-            changes.append(f"raise the budget to {amount(found[0])}")
-        chooses = replace(self, only=None, homes=tuple(homes_of(job)))
-        if self.only is not None and chooses.search() is not None:
-            changes.append("let the planner choose (placements=None), which fits")
-        longest = self.longest()
-        if 0 < longest < job.tokens:
-            changes.append(f"train at most {longest:,} tokens a step")
-        if job.bits != 4 and not job.full:
-            changes.append("load the base in 4 bit")
-        if longest == 0 and job.ranks:
-            changes.append("lower the LoRA rank")
-        size = roomy[0] if found is None else found[0]
-        bound = "none" if budget == inf else amount(budget)
-        return (
-            f"{job.tokens:,} tokens a step need at least {amount(size)}"
-            f"{' with these placements' if self.only else ''}; the budget is {bound}, of host memory "
-            f"{amount(self.host)} (weights {amount(job.weights)}). To fit: {', or '.join(changes)}."
-        )
 
 
 def step_parts(found: Found) -> dict[str, float]:
@@ -280,12 +257,16 @@ def step_parts(found: Found) -> dict[str, float]:
 
 
 def _job(model_or_config: Source, request: Request) -> Job:
-    tokens, longest = request.tokens, request.longest
-    if tokens < 1 or (longest is not None and not 1 <= longest <= tokens):
+    tokens = request.tokens
+    longest = tokens if request.longest is None else request.longest
+    if not (whole(tokens) and whole(longest) and 1 <= longest <= tokens <= MOST_TOKENS):
         raise ConfigError(
-            f"tokens={tokens}, longest={longest}: expected 1 <= longest <= tokens, since a "
-            "sequence cannot be longer than the batch that holds it."
+            f"tokens={tokens!r}, longest={longest!r}: expected whole numbers, 1 <= longest <= tokens "
+            f"<= {MOST_TOKENS:,}, since a sequence cannot be longer than the batch that holds it."
         )
+    dtype = str(request.dtype).removeprefix("torch.")
+    if dtype not in WIDTHS:
+        raise ConfigError(f"dtype={request.dtype!r}; expected {', '.join(WIDTHS)}")
     if request.optimizer not in OPTIMIZER_BYTES:
         raise ConfigError(
             f"optimizer={request.optimizer!r}; the planner knows {', '.join(OPTIMIZER_BYTES)}"
@@ -296,13 +277,18 @@ def _job(model_or_config: Source, request: Request) -> Job:
             f"bits={bits}, full_finetuning={full}: expected bits 4 or 16, and 16 where all weights "
             "train."
         )
+    if full and request.lora:
+        raise ConfigError(
+            f"full_finetuning=True trains every weight, lora={request.lora!r} adapters alone; pass one "
+            "of them"
+        )
     facts, measured = read(model_or_config, request.family, request.optimizer)
     job = Job(
         facts=facts,
         tokens=tokens,
-        longest=min(longest or tokens, facts.max_positions),
+        longest=min(longest, facts.max_positions),
         bits=bits,
-        width=4 if "float32" in str(request.dtype) else 2,
+        width=WIDTHS[dtype],
         ranks=ranks_of(request.lora, facts),
         full=full,
         optimizer=request.optimizer,
@@ -355,6 +341,7 @@ def _fixed(job: Job, placements: Placements) -> Kind:
         if placements in ("recompute", "offload"):
             away = placements == "offload"
             return recompute_all(job, Placement.OFFLOAD if away else Placement.KEEP)
+    if not isinstance(placements, Mapping):
         raise ConfigError(
             f"placements={placements!r}; expected 'keep', 'recompute', 'offload' or a mapping of "
             f"{', '.join(names)}"

@@ -68,9 +68,13 @@ class HeldOut(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Before the first step; a resumed run has that figure already."""
+        """Before the first step; a resumed run has that figure already, and maybe that of its newest step."""
         if state.global_step == 0:
             self._at(0)
+        elif any(
+            row["step"] == state.global_step for row in state.log_history if "eval_loss" in row
+        ):
+            self._last = state.global_step
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

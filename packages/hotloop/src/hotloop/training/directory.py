@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +17,10 @@ from hotloop_core.files import write_atomically
 from .recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+_LOCK = ".lock"
+"""Held by the process that trains here; the system lets go of it when that process ends, however it ends."""
 
 _WHOLE = "whole.json"
 """Written into a checkpoint after everything else, so that one without it was cut short."""
@@ -60,7 +65,7 @@ class RunDirectory:
             raise ConfigError("resume and overwrite exclude each other; choose one")
         if resume:
             self._check_resume(recipe)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or self._contents()):
             if not overwrite:
                 raise OutputExistsError(
                     f"{self.path} exists. Go on with that run (--resume), replace it (--overwrite), "
@@ -90,14 +95,42 @@ class RunDirectory:
                 + "\nResume with the same recipe, or start another run in another directory."
             )
 
+    def _contents(self) -> list[Path]:
+        return [entry for entry in self.path.iterdir() if entry.name != _LOCK]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process trains into this directory.
+
+        Raises:
+            OutputExistsError: one does.
+
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / _LOCK).open("a") as file:
+            try:
+                _lock(file.fileno())
+            except OSError:
+                raise OutputExistsError(
+                    f"another process trains into {self.path}. Wait for it, or choose another output.directory."
+                ) from None
+            yield
+
     def begin(self, recipe: Recipe, data: dict[str, Any]) -> None:
-        """Makes the directory anew, with the recipe and what the data came to."""
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.checkpoints.mkdir(parents=True)
-        write_atomically(self.data, json.dumps(data, indent=2) + "\n")
+        """Makes the directory anew, with the recipe and what the data came to.
+
+        The old recipe goes last, so that a directory that was half removed still is known as a run's.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        for entry in self._contents():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry != self.recipe:
+                entry.unlink()
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
         write_atomically(self.recipe, text)
+        write_atomically(self.data, json.dumps(data, indent=2) + "\n")
+        self.checkpoints.mkdir()
 
     def check_data(self, data: dict[str, Any]) -> None:
         """Raises, before any work, where a resumed run would not go on with the rows that were left.
@@ -126,13 +159,14 @@ class RunDirectory:
         for checkpoint in self.checkpoints.iterdir():
             if not (checkpoint / _WHOLE).is_file():
                 shutil.rmtree(checkpoint)
-        step = _step(newest)
-        kept = [json.dumps(row) for row in self.read_metrics() if row["step"] <= step]
+        # Trainer logs into its state what it logs here, so the state says how many lines there were.
+        logged = len(json.loads((newest / "trainer_state.json").read_text())["log_history"])
+        kept = [json.dumps(row) for row in self.read_metrics()[:logged]]
         write_atomically(self.metrics, "".join(f"{line}\n" for line in kept))
 
     def whole_checkpoints(self) -> list[Path]:
         """Checkpoints that were written to the end, oldest first."""
-        return sorted((mark.parent for mark in self.checkpoints.glob(f"*/{_WHOLE}")), key=_step)
+        return sorted((mark.parent for mark in self.checkpoints.glob(f"*/{_WHOLE}")), key=step_of)
 
     def newest_checkpoint(self) -> Path | None:
         """The last of them, or None."""
@@ -195,7 +229,20 @@ def open_run(path: str | Path) -> tuple[RunDirectory, Recipe]:
     return directory, read_recipe(directory.recipe)
 
 
-def _step(checkpoint: Path) -> int:
+def _lock(file: int) -> None:
+    """Raises OSError where another process holds it."""
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step after which a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import DataError, UnsupportedError
 
+from .conversation import Conversation, check_messages, check_tools, shown
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -23,8 +25,9 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label of a token that is not trained, as torch's cross entropy has it."""
 
-Message = dict[str, Any]
-Span = tuple[int, int]
+TOOLS = "tools"
+"""The field of a chat with the tools that its assistant may call, as JSON schemas."""
+
 Weighted = tuple[int, int, float]
 """A span and the weight of its tokens in the loss."""
 
@@ -94,43 +97,48 @@ class Renderer:
 
     def _render(self, record: Record, where: str) -> Row:
         values = [record[field] for field in self.fields]
+        tools = record.get(TOOLS)
         if self.form == "chat":
-            return self._chat(values[0], where)
+            return self._chat(values[0], tools, where)
         if self.form == "text":
-            return self._plain("", _string(values[0], self.fields[0], where))
+            return self._plain("", _string(values[0], self.fields[0], where), where)
         prompt, completion = values
         if isinstance(prompt, list) and isinstance(completion, list):
-            return self._chat([*prompt, *completion], where, answers_from=len(prompt))
-        return self._plain(
-            _string(prompt, self.fields[0], where), _string(completion, self.fields[1], where)
-        )
+            return self._chat([*prompt, *completion], tools, where, answers_from=len(prompt))
+        texts = [_string(v, f, where) for v, f in zip(values, self.fields, strict=True)]
+        return self._plain(texts[0], texts[1], where)
 
-    def _plain(self, prompt: str, completion: str) -> Row:
+    def _plain(self, prompt: str, completion: str, where: str) -> Row:
         end = str(self.tokenizer.eos_token or "")
         text = prompt + completion + end
         start = len(prompt) if self.loss_on == "responses" else 0
-        return self._encode(text, [(start, len(text), 1.0)], special=True)
+        return self._encode(text, [(start, len(text), 1.0)], where, special=True)
 
-    def _chat(self, messages: Any, where: str, answers_from: int = 0) -> Row:
+    def _chat(self, messages: Any, tools: Any, where: str, answers_from: int = 0) -> Row:
         messages = check_messages(messages, where)
         if self.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.system}, *messages]
             answers_from += 1
-        text = render(self.tokenizer, messages, where)
+        chat = Conversation(self.tokenizer, messages, check_tools(tools, where), where)
+        text = chat.text()
         if self.loss_on == "all":
-            return self._encode(text, [(0, len(text), 1.0)], special=False)
+            return self._encode(text, [(0, len(text), 1.0)], where, special=False)
         spans = [
-            (*_answer_span(self.tokenizer, messages, index, text, where), weight)
+            (*chat.answer_span(index, text), weight)
             for index, message in enumerate(messages)
             if message["role"] == "assistant"
             and index >= answers_from
             and (weight := _weight(message.get("weight", 1), "weight", where))
         ]
-        return self._encode(text, spans, special=False)
+        return self._encode(text, spans, where, special=False)
 
-    def _encode(self, text: str, spans: Sequence[Weighted], *, special: bool) -> Row:
+    def _encode(self, text: str, spans: Sequence[Weighted], where: str, *, special: bool) -> Row:
         import numpy as np
 
+        if not _encodable(text):
+            raise DataError(
+                f"{where}: half a surrogate pair (\\ud800 to \\udfff), which is no character; correct the row"
+            )
         encoding = self.tokenizer(
             text, add_special_tokens=special, return_offsets_mapping=True, verbose=False
         )
@@ -172,87 +180,21 @@ def find_form(data: DataSection, record: Record) -> str:
     )
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, *, ask: bool = False
-) -> str:
-    """The text of a conversation; with `ask`, up to where the assistant's answer would start."""
-    try:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-        )
-    except Exception as error:  # a template raises what its author chose
-        raise DataError(f"{where}: the chat template refused this conversation: {error}") from error
-
-
-def check_messages(messages: Any, where: str) -> list[Message]:
-    """The messages of one row, as {role, content}.
-
-    Raises:
-        DataError: not a list of messages, or a message without role and content.
-
-    """
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: expected a list of messages, found {_shown(messages)}")
-    for message in messages:
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or "content" not in message
-        ):
-            hint = (
-                " (hotloop.standardize_data_formats turns from/value into role/content)"
-                if isinstance(message, dict) and "from" in message
-                else ""
-            )
-            raise DataError(
-                f"{where}: a message is {_shown(message)}, expected role and content{hint}"
-            )
-    return messages
-
-
-def _answer_span(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], index: int, text: str, where: str
-) -> Span:
-    """Where the answer `messages[index]`, with the token that ends it, lies in the text of the conversation.
-
-    It starts where the conversation up to the question, asking for an answer, stops agreeing with the text, and ends
-    where the conversation up to the answer does. Both agree all the way unless the template treats the last turn
-    differently; then what the template adds only there is left out.
-    """
-    before = render(tokenizer, messages[:index], where, ask=True) if index else ""
-    after = render(tokenizer, messages[: index + 1], where)
-    start, end = _common(before, text), _common(after, text)
-    found = text[start:end]
-    content = messages[index]["content"]
-    if isinstance(content, str) and content.strip() not in found:
-        raise DataError(
-            f"{where}: the chat template changes an earlier answer ({_shown(content)}), so it cannot be told what the "
-            'model should learn. Make each answer the last turn of a row, or set data.loss_on = "all".'
-        )
-    trimmed = found.rstrip()
-    if trimmed.endswith(tuple(tokenizer.all_special_tokens)):
-        end = start + len(trimmed)  # a line break after the end-of-turn token is never generated
-    return start, end
-
-
-def _common(one: str, other: str) -> int:
-    """How many characters two texts have in common from the start."""
-    differs = (at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differs, min(len(one), len(other)))
-
-
 def _weight(value: Any, field: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e6:
-        raise DataError(f"{where}: {field!r} is {_shown(value)}, expected a number from 0")
+        raise DataError(f"{where}: {field!r} is {shown(value)}, expected a number from 0")
     return float(value)
 
 
 def _string(value: Any, field: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: {field!r} is {_shown(value)}, expected text")
+        raise DataError(f"{where}: {field!r} is {shown(value)}, expected text")
     return value
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def read_rows(path: str, *, split: str = "train") -> list[Record]:
 
 def _read_jsonl(file: Path) -> list[Record]:
     rows: list[Record] = []
-    for number, line in enumerate(_text(file).splitlines(), start=1):
+    # Not splitlines(): a JSON string may hold U+2028 and others that it would split at.
+    for number, line in enumerate(_text(file).split("\n"), start=1):
         if line.strip():
             rows.append(_record(_parse(line, f"{file}, line {number}"), f"{file}, line {number}"))
     return rows
@@ -67,15 +69,28 @@ def _read_json(file: Path) -> list[Record]:
 
 
 def _read_csv(file: Path) -> list[Record]:
-    rows: list[Record] = []
-    for number, row in enumerate(csv.DictReader(_text(file).splitlines(keepends=True)), start=2):
-        if None in row or None in row.values():
-            found = len(row.get(None) or ()) + sum(value is not None for value in row.values())
-            raise DataError(
-                f"{file}, record {number}: {found} fields do not match the header's columns"
-            )
-        rows.append(dict(row))
-    return rows
+    text = _text(file)
+    limit = csv.field_size_limit()
+    csv.field_size_limit(max(limit, len(text)))  # 128 KiB by default; a document may be longer
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise DataError(f"{file}: two columns have one name; the header is {', '.join(names)}")
+        return [_csv_record(file, number, row) for number, row in enumerate(reader, start=2)]
+    except csv.Error as error:
+        raise DataError(f"{file} is not well-formed CSV: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv_record(file: Path, number: int, row: dict[Any, Any]) -> Record:
+    if None in row or None in row.values():
+        found = len(row.get(None) or ()) + sum(value is not None for value in row.values())
+        raise DataError(
+            f"{file}, record {number}: {found} fields do not match the header's columns"
+        )
+    return dict(row)
 
 
 def _read_parquet(file: Path) -> list[Record]:
@@ -84,7 +99,7 @@ def _read_parquet(file: Path) -> list[Record]:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(file).to_pylist()
+        return [_present(row) for row in pyarrow.parquet.read_table(file).to_pylist()]
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file} is not a whole Parquet file: {error}") from error
 
@@ -102,12 +117,19 @@ def _from_hub(name: str, split: str) -> list[Record]:
     import datasets
 
     try:
-        return datasets.load_dataset(name, split=split).to_list()
+        return [_present(row) for row in datasets.load_dataset(name, split=split).to_list()]
     except Exception as error:  # the hub's client has many; all mean that there are no rows
         raise DataError(
             f"{name!r} is no file here, and as a data set on the hub it failed "
             f"({type(error).__name__}: {error}). Check the path, the id and the split {split!r}."
         ) from error
+
+
+def _present(value: Any) -> Any:
+    """Without the keys that are None: in columns, every message has every key that any message has."""
+    if isinstance(value, dict):
+        return {key: _present(part) for key, part in value.items() if part is not None}
+    return [_present(part) for part in value] if isinstance(value, list) else value
 
 
 def _require_datasets(what: str) -> None:
@@ -128,7 +150,9 @@ def _parse(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not well-formed JSON: {error}") from error
+        raise DataError(
+            f"{where} is not well-formed JSON: {error}. A .jsonl file has one object a line, a .json file one list."
+        ) from error
 
 
 def _record(value: Any, where: str) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,15 @@ import torch
 from accelerate import PartialState
 from hotloop_core.errors import ConfigError, ExportError
 from torch import nn
-from transformers import PrinterCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hotloop.exporting.checkpoint import record_base
 
 from . import callbacks
 from .batches import PackedDataset, collate, collate_weighted
 from .data import prepare, read
-from .directory import RunDirectory
+from .directory import RunDirectory, step_of
 from .gradients import GradientWatch
 from .memory import out_of_memory
 from .models import build, plan_batch
@@ -87,6 +88,7 @@ class Run:
             )
         self.recipe = recipe
         self.directory = RunDirectory(recipe.output.directory)
+        self._overwrite = overwrite
         self.directory.check(recipe, resume=resume, overwrite=overwrite)
         self.processes = PartialState(cpu=not torch.cuda.is_available())
         self._resume = resume
@@ -185,9 +187,16 @@ class Run:
             GradientError: gradients that are missing, all zero or not finite.
             DeviceMemoryError: the device's memory was not enough.
             ExportError: the disk is full. Whole checkpoints stay and `resume` goes on from the newest.
+            OutputExistsError: another process trains into the same directory, or has meanwhile.
 
         """
+        with self.directory.locked() if self.main else nullcontext():
+            return self._train()
+
+    def _train(self) -> RunReport:
         described = {**asdict(self.data.report), "processes": self.processes.num_processes}
+        if self.main:  # again, now that nobody else can change what is there
+            self.directory.check(self.recipe, resume=self._resume, overwrite=self._overwrite)
         if self._resume:
             self.directory.check_data(described)
         self.processes.wait_for_everyone()  # all have checked the directory before one changes it
@@ -208,9 +217,12 @@ class Run:
         start = time.perf_counter()
         try:
             with self._explained():
-                trainer.train(
-                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-                )
+                if checkpoint is not None and step_of(checkpoint) >= self.steps:
+                    _restore(trainer, checkpoint)
+                else:
+                    trainer.train(
+                        resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                    )
         finally:
             if progress is not None:
                 progress.close()
@@ -362,9 +374,19 @@ class Run:
             raise
 
 
+def _restore(trainer: WatchedTrainer, checkpoint: Path) -> None:
+    """A run that was stopped after its last step: Trainer, asked to go on, would train one step too many."""
+    trainer.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    trainer._load_from_checkpoint(str(checkpoint))
+    events, told = trainer.callback_handler, (trainer.args, trainer.state, trainer.control)
+    events.on_train_begin(*told)
+    events.on_train_end(*told)
+
+
+_FULL = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")
+"""What safetensors and torch.save say: both raise errors of their own, with or without the system's text inside."""
+
+
 def _disk_full(error: BaseException) -> bool:
-    """Both safetensors and torch.save raise errors of their own with the system's text inside."""
     full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
-    return full or any(
-        text in str(error) for text in ("No space left on device", "PytorchStreamWriter failed")
-    )
+    return full or any(text in str(error) for text in _FULL)

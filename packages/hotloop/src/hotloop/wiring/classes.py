@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ def wired_class(original: type[nn.Module], name: str) -> type[nn.Module]:
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         return _rebuild, (original, name), self.__dict__.copy()
 
-    wired.forward = forward
+    # torch.compile runs a wired module as it is: there is nothing in hand-written kernels, streams and events that
+    # it could fuse, and tracing them costs minutes.
+    wired.forward = torch.compiler.disable(forward)
     wired.__reduce_ex__ = reduce  # type: ignore[method-assign]
     if call is None:
         wired.__call__ = nn.Module.__call__  # type: ignore[method-assign]

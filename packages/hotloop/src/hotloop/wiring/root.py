@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from hotloop_core.errors import BudgetError
+from hotloop_core.errors import BudgetError, DataError
 from hotloop_core.kernels import HeadLossOptions
 from hotloop_engine.ops.linear_cross_entropy import (
     TrainedRows,
@@ -21,7 +21,7 @@ from hotloop.homes import move_more
 from hotloop.planner import plan_elsewhere, plan_larger
 
 from .classes import STATE, role
-from .head import head_weight
+from .head import fused_head, head_weight
 from .layer import SEQUENCES, Shared, sequences_of
 from .lazy import LazyTensor
 
@@ -66,7 +66,7 @@ class FusedRequest:
 
 def call(root: nn.Module, own_call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Turns TRL's `fused_lm_head=True` into a request that reaches `forward` through every wrapper on the way."""
-    if kwargs.get("fused_lm_head") and STATE in root.__dict__:
+    if kwargs.get("fused_lm_head") and STATE in root.__dict__ and _fused_head(root):
         request = _fused_request(root)
         if request is not None:
             del kwargs["fused_lm_head"]
@@ -131,7 +131,12 @@ def forward(root: nn.Module, own_forward: Callable[..., Any], *args: Any, **kwar
         return _fused(root, state, request, kwargs)
     if (labels is None and shifted is None) or cached or not _plain_loss(root):
         return own_forward(**kwargs)
-    return _with_loss(root, state, kwargs)
+    return _with_loss(root, state, kwargs) if _fused_head(root) else own_forward(**kwargs)
+
+
+def _fused_head(root: Any) -> bool:
+    state: RootState = root.__dict__[STATE]
+    return fused_head(root.get_output_embeddings(), state.shared.allow_eager)
 
 
 def _records(root: nn.Module) -> bool:
@@ -210,9 +215,17 @@ def _hidden(root: nn.Module, state: RootState, kwargs: Mapping[str, Any]) -> Any
 def _targets(kwargs: Mapping[str, Any], ignore_index: int) -> Tensor:
     """Labels [B, S], one for each position: given shifted, or shifted here; never across a packed boundary."""
     shifted = kwargs.get("shift_labels")
+    labels = kwargs["labels"] if shifted is None else shifted
+    ids = kwargs.get("input_ids")
+    expected = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+    if labels.shape != expected:
+        raise DataError(
+            f"labels of shape {tuple(labels.shape)} for a batch of {tuple(expected)}; give one label for each token, "
+            f"{ignore_index} where none is trained"
+        )
     if shifted is not None:
         return shifted
-    labels, sequences = kwargs["labels"], kwargs.get(SEQUENCES)
+    sequences = kwargs.get(SEQUENCES)
     packed = None
     if sequences is not None and sequences.count > labels.shape[0]:
         packed = sequences.cu_seqlens
@@ -230,19 +243,22 @@ def _with_loss(root: Any, state: RootState, kwargs: dict[str, Any]) -> Any:
     outputs = _hidden(root, state, kwargs)
     hidden = outputs.last_hidden_state
     head = head_weight(root.get_output_embeddings(), hidden)
+    items = kwargs.get("num_items_in_batch")
+    items = rows.count if items is None else items
     loss = linear_cross_entropy(
         head.hidden,
         head.weight,
         labels,
         bias=head.bias,
         options=state.options(ignore_index=ignore_index),
-        num_items=kwargs.get("num_items_in_batch"),
+        num_items=_at_least_one(items),
         rows=rows,
         impl=state.shared.ops.get("linear_cross_entropy"),
     )
+    vocabulary = head.weight.shape[0]
     result = CausalLMOutputWithPast(
         loss=loss,
-        logits=_lazy_logits(root, state, hidden, kwargs.get("logits_to_keep", 0)),
+        logits=_lazy_logits(root, state, hidden, vocabulary, kwargs.get("logits_to_keep", 0)),
         hidden_states=outputs.get("hidden_states"),
         attentions=outputs.get("attentions"),
     )
@@ -250,7 +266,14 @@ def _with_loss(root: Any, state: RootState, kwargs: dict[str, Any]) -> Any:
     return result.to_tuple() if wants_dict is False else result
 
 
-def _lazy_logits(root: Any, state: RootState, hidden: Tensor, keep: int | Tensor) -> LazyTensor:
+def _at_least_one(items: Tensor | int) -> Tensor | int:
+    """A batch without any trained token has the loss 0 and the gradient 0, not 0 / 0, which would ruin the weights."""
+    return items.clamp(min=1) if isinstance(items, Tensor) else max(items, 1)
+
+
+def _lazy_logits(
+    root: Any, state: RootState, hidden: Tensor, vocabulary: int, keep: int | Tensor
+) -> LazyTensor:
     if isinstance(keep, int):
         hidden = hidden[:, -keep:] if keep else hidden
     else:
@@ -269,7 +292,7 @@ def _lazy_logits(root: Any, state: RootState, hidden: Tensor, keep: int | Tensor
                 return logits
             return torch.tanh(logits / facts.logit_softcap) * facts.logit_softcap
 
-    return LazyTensor(make, (*hidden.shape[:-1], facts.vocab_size), dtype, hidden.device)
+    return LazyTensor(make, (*hidden.shape[:-1], vocabulary), dtype, hidden.device)
 
 
 def _fused(root: Any, state: RootState, request: FusedRequest, kwargs: dict[str, Any]) -> Any:
@@ -302,7 +325,7 @@ def _fused(root: Any, state: RootState, request: FusedRequest, kwargs: dict[str,
             "log_sum_sq_probs": tokens.log_sum_sq_prob,
         }
     return request.result(
-        loss=total / (mask.sum().clamp(min=1) if items is None else items),
+        loss=total / _at_least_one(mask.sum() if items is None else items),
         log_probs=tokens.log_prob,
         entropy=tokens.entropy,
         is_top1=tokens.is_top1,

@@ -91,4 +91,5 @@ def offloaded_bytes(plan: Plan, facts: ModelFacts, width: int) -> tuple[int, int
         for layer in plan.layers
     ]
     most = max(layers)
-    return sum(layers) + sum(layers) // 32, most  # projections travel with the adapters' columns
+    # Projections travel with the adapters' columns.
+    return sum(layers) + sum(layers) // 32, most + most // 32

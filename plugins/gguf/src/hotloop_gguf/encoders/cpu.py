@@ -9,6 +9,7 @@ import torch
 
 from . import lanes
 from .lanes import clamp, compiled, round_even
+from .parts import FIFTH_BITS, GATHER_BITS, half
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,7 +19,11 @@ if TYPE_CHECKING:
     from .searches import Grid, Searches, Table
 
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
-_ROUND = np.float32(1.5 * 2**23)
+_BLOCK, _AT_ONCE = 32, 64
+"""Values in a block of the types without a search: as a constant, the loops over it become vector instructions.
+So do whole numbers by way of int32, and not those by way of anything else."""
+_LOW_NIBBLES, _NIBBLE, _TOP_BYTE = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4), np.uint64(56)
+_FIFTH_BITS, _GATHER_BITS = np.uint64(FIFTH_BITS), np.uint64(GATHER_BITS)
 
 
 @compiled
@@ -48,11 +53,60 @@ def _round_symmetric(x: Any, scale: Any, limit: Any, q: Any) -> None:
 
 
 @compiled
-def _truncate(x: Any, low: Any, inverse: Any, shift: Any, levels: Any, q: Any) -> None:
+def _largest(x: Any, out: Any) -> None:
     for g in range(len(x)):
-        for j in range(x.shape[1]):
-            scaled = (x[g, j] - low[g]) * inverse[g] + shift
-            q[g, j] = np.uint8(clamp(scaled, _ZERO, levels))
+        most = _ZERO
+        for j in range(_BLOCK):
+            value = abs(x[g, j])
+            most = value if value > most else most
+        out[g] = most
+
+
+@compiled
+def _even(
+    x: Any, levels: Any, offset: bool, scale: Any, low: Any, fifth: Any, nibbles: Any
+) -> None:
+    """Some blocks at a time, so that they stay in the cache. fifth: [G, 4], or [G, 0] where q has four bits.
+
+    nibbles: uint64 [G, 2]. scale and low are float32 [G], for the caller to round.
+    """
+    inverse = np.empty(_AT_ONCE, np.float32)
+    q = np.empty((_AT_ONCE, _BLOCK), np.uint8)
+    words = q.view(np.uint64)
+    limit = (levels + _ONE) * _HALF
+    shift = _HALF if offset else limit + _HALF
+    for start in range(0, len(x), _AT_ONCE):
+        count = min(_AT_ONCE, len(x) - start)
+        for g in range(start, start + count):
+            least, most = x[g, 0], x[g, 0]
+            for j in range(_BLOCK):
+                value = x[g, j]
+                least = value if value < least else least
+                most = value if value > most else most
+            low[g], scale[g] = least, most
+        for g in range(start, start + count):
+            if offset:
+                scale[g] = (scale[g] - low[g]) / levels
+            else:
+                farthest = scale[g] if scale[g] > -low[g] else low[g]
+                if scale[g] == -low[g]:
+                    farthest = _ZERO
+                    for j in range(_BLOCK):
+                        farthest = x[g, j] if abs(x[g, j]) > abs(farthest) else farthest
+                scale[g], low[g] = farthest / -limit, _ZERO
+            inverse[g - start] = _ONE / scale[g] if scale[g] != _ZERO else _ZERO
+        for i in range(count):
+            lowest, factor = low[start + i], inverse[i]
+            for j in range(_BLOCK):
+                scaled = (x[start + i, j] - lowest) * factor + shift
+                q[i, j] = np.uint8(np.int32(clamp(scaled, _ZERO, levels)))
+        for i in range(count):
+            for k in range(2):
+                upper = (words[i, k + 2] & _LOW_NIBBLES) << _NIBBLE
+                nibbles[start + i, k] = (words[i, k] & _LOW_NIBBLES) | upper
+            for k in range(fifth.shape[1]):
+                bits = (words[i, k] & _FIFTH_BITS) * _GATHER_BITS
+                fifth[start + i, k] = np.uint8(bits >> _TOP_BYTE)
 
 
 @compiled
@@ -63,7 +117,7 @@ def _round_away(x: Any, inverse: Any, q: Any) -> None:
             whole = np.float32(np.int32(scaled))
             off = scaled - whole
             more = _ONE if off >= _HALF else (-_ONE if off <= -_HALF else _ZERO)
-            q[g, j] = np.int8(whole + more)
+            q[g, j] = np.int8(np.int32(whole + more))
 
 
 @compiled
@@ -79,14 +133,9 @@ def _nearest(x: Any, inverse: Any, middles: Any, codes: Any, q: Any) -> None:
 
 
 class _Cpu:
-    def bounds(self, x_Gn: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = _per_group(x_Gn), _per_group(x_Gn)
-        _call(lanes.bounds, x_Gn, low, high)
-        return low, high
-
-    def extreme(self, x_Gn: Tensor) -> Tensor:
+    def largest(self, x_Gn: Tensor) -> Tensor:
         out = _per_group(x_Gn)
-        _call(lanes.extremes, x_Gn, out)
+        _call(_largest, x_Gn, out)
         return out
 
     def sums(self, x_Gn: Tensor) -> Tensor:
@@ -136,12 +185,16 @@ class _Cpu:
     def round_symmetric(self, x_Gn: Tensor, scale: Tensor, limit: int, q_Gn: Tensor) -> None:
         _call(_round_symmetric, x_Gn, scale, np.float32(limit), q_Gn)
 
-    def truncate(
-        self, x_Gn: Tensor, low: Tensor, inverse: Tensor, shift: float, levels: int
-    ) -> Tensor:
-        q_Gn = _levels(x_Gn)
-        _call(_truncate, x_Gn, low, inverse, np.float32(shift), np.float32(levels), q_Gn)
-        return q_Gn
+    def even(self, x_Gn: Tensor, levels: int, *, offset: bool) -> Tensor:
+        scale, low = _per_group(x_Gn), _per_group(x_Gn)
+        head, fifths = 4 if offset else 2, 4 if levels > 15 else 0
+        out = torch.empty(len(x_Gn), head + fifths + 16, dtype=torch.uint8)
+        parts = out[:, head:-16], out.numpy()[:, -16:].view(np.uint64)
+        _call(_even, x_Gn, np.float32(levels), offset, scale, low, *parts)
+        out[:, :2] = half(scale[:, None])
+        if offset:
+            out[:, 2:4] = half(low[:, None])
+        return out
 
     def nearest(self, x_Gn: Tensor, inverse: Tensor, table: Table) -> Tensor:
         q_Gn = _levels(x_Gn)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .parts import constant, even_block, inverse
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -13,12 +15,8 @@ if TYPE_CHECKING:
 
 
 class _Gpu:
-    def bounds(self, x_Gn: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = x_Gn.aminmax(dim=1)
-        return low, high
-
-    def extreme(self, x_Gn: Tensor) -> Tensor:
-        return x_Gn.gather(1, x_Gn.abs().argmax(1, keepdim=True))[:, 0]
+    def largest(self, x_Gn: Tensor) -> Tensor:
+        return x_Gn.abs().amax(1)
 
     def sums(self, x_Gn: Tensor) -> Tensor:
         total = _per_group(x_Gn)
@@ -69,11 +67,17 @@ class _Gpu:
         level = (x_Gn / scale[:, None]).round_().clamp_(-limit, limit - 1).add_(limit)
         q_Gn.copy_(torch.where(scale[:, None] != 0, level.to(torch.uint8), q_Gn))
 
-    def truncate(
-        self, x_Gn: Tensor, low: Tensor, inverse: Tensor, shift: float, levels: int
-    ) -> Tensor:
-        scaled = (x_Gn - low[:, None]).mul_(inverse[:, None]).add_(shift)
-        return scaled.clamp_(0, levels).to(torch.uint8)
+    def even(self, x_Gn: Tensor, levels: int, *, offset: bool) -> Tensor:
+        limit = (levels + 1) // 2
+        if offset:
+            low, high = x_Gn.aminmax(dim=1, keepdim=True)
+            scale = (high - low) / constant(levels, x_Gn)
+            scaled = (x_Gn - low) * inverse(scale) + 0.5
+        else:
+            low = None
+            scale = x_Gn.gather(1, x_Gn.abs().argmax(1, keepdim=True)) / -limit
+            scaled = x_Gn * inverse(scale) + (limit + 0.5)
+        return even_block(scale, low, scaled.clamp_(0, levels).to(torch.uint8), levels)
 
     def nearest(self, x_Gn: Tensor, inverse: Tensor, table: Table) -> Tensor:
         middles = torch.tensor(table.middles, device=x_Gn.device)

@@ -94,39 +94,6 @@ def _extreme(tile: Any, n: int, farthest: Any) -> None:
 
 
 @compiled
-def bounds(x: Any, low: Any, high: Any) -> None:
-    """`Searches.bounds`."""
-    n = x.shape[1]
-    tile = np.zeros(n * LANES, np.float32)
-    lows, highs = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    for start in range(0, len(x), LANES):
-        lanes = min(LANES, len(x) - start)
-        _load(x, start, lanes, tile)
-        for i in range(LANES):
-            lows[i], highs[i] = tile[i], tile[i]
-        for j in range(1, n):
-            for i in range(LANES):
-                value = tile[j * LANES + i]
-                lows[i] = value if value < lows[i] else lows[i]
-                highs[i] = value if value > highs[i] else highs[i]
-        for i in range(lanes):
-            low[start + i], high[start + i] = lows[i], highs[i]
-
-
-@compiled
-def extremes(x: Any, out: Any) -> None:
-    """`Searches.extreme`."""
-    n = x.shape[1]
-    tile, farthest = np.zeros(n * LANES, np.float32), np.empty(LANES, np.float32)
-    for start in range(0, len(x), LANES):
-        lanes = min(LANES, len(x) - start)
-        _load(x, start, lanes, tile)
-        _extreme(tile, n, farthest)
-        for i in range(lanes):
-            out[start + i] = farthest[i]
-
-
-@compiled
 def affine(
     x: Any, w: Any, levels: Any, first: Any, step: Any, steps: int, absolute: bool,
     scale: Any, low: Any, q: Any,

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from .searches import Searches
 
+FIFTH_BITS, GATHER_BITS = 0x1010101010101010, 0x0010204081020408
+
 
 def weighted(
     x: Tensor, importance: Tensor, searches: Searches, block: int, factor: float
@@ -51,8 +53,25 @@ def pack(q: Tensor, parts: int, width: int, shift: int = 0) -> Tensor:
     bits = 8 // parts
     mask = int.from_bytes([(1 << bits) - 1 << shift] * 8)
     words = (q.view(torch.int64) & mask).reshape(len(q), -1, parts, width // 8)
-    moved = (words[:, :, i] >> shift << i * bits for i in range(parts))
+    moved = (_moved(words[:, :, i], i * bits - shift) for i in range(parts))
     return reduce(or_, moved).flatten(1).view(torch.uint8)
+
+
+def _moved(words: Tensor, bits: int) -> Tensor:
+    return words << bits if bits > 0 else words >> -bits if bits < 0 else words
+
+
+def even_block(d: Tensor, m: Tensor | None, q: Tensor, levels: int) -> Tensor:
+    """float16 d, float16 m if there is one, 4 bytes of fifth bits if levels is 31, 16 bytes of two low nibbles.
+
+    d, m: float32 [blocks, 1]. q: uint8 [blocks, 32]. Bit 4 of value j is bit j % 8 of fifth byte j // 8: eight bytes
+    of 0 or 16 are one integer, and multiplying moves byte i's bit to place 56 + i.
+    """
+    parts = [half(d)] if m is None else [half(d), half(m)]
+    if levels > 15:
+        fifth = (q.view(torch.int64) & FIFTH_BITS).mul_(GATHER_BITS)
+        parts.append(fifth.bitwise_right_shift_(56).to(torch.uint8))
+    return torch.cat([*parts, pack(q, 2, 16)], 1)
 
 
 def widest(scale: Tensor) -> Tensor:

@@ -43,12 +43,8 @@ class Table:
 class Searches(Protocol):
     """Law: both implementations return the same bits."""
 
-    def bounds(self, x_Gn: Tensor) -> tuple[Tensor, Tensor]:
-        """(min, max) of each group."""
-        ...
-
-    def extreme(self, x_Gn: Tensor) -> Tensor:
-        """The value farthest from 0, with its sign; the first where two are equally far."""
+    def largest(self, x_Gn: Tensor) -> Tensor:
+        """The largest absolute value of each group."""
         ...
 
     def sums(self, x_Gn: Tensor) -> Tensor:
@@ -105,10 +101,13 @@ class Searches(Protocol):
         """q = limit + round(x / scale) in 0..2 limit - 1, in place; a group whose scale is 0 keeps its q."""
         ...
 
-    def truncate(
-        self, x_Gn: Tensor, low: Tensor, inverse: Tensor, shift: float, levels: int
-    ) -> Tensor:
-        """q_Gn = the whole part of (x - low) inverse + shift, at most levels."""
+    def even(self, x_Gn: Tensor, levels: int, *, offset: bool) -> Tensor:
+        """The bytes of blocks of 32 with q in 0..levels, laid out as `parts.even_block` does; levels 15 or 31.
+
+        With an offset x is about scale q + low, from a block's minimum to its maximum. Without, x is about
+        scale (q - (levels + 1) / 2), and the value farthest from 0, of equals the first, has q = 0. q is the
+        whole part of a quotient and a half, and the quotient a product with 1 / scale.
+        """
         ...
 
     def nearest(self, x_Gn: Tensor, inverse: Tensor, table: Table) -> Tensor:

@@ -63,7 +63,7 @@ def mxfp4(x: Tensor, importance: Tensor | None, searches: Searches) -> Tensor:
     e brings the largest value to 4 ..< 8. There is no search, so importance changes nothing.
     """
     groups = x.reshape(-1, 32)
-    e = ((searches.extreme(groups).abs().view(torch.int32) >> 23) - 2).clamp_(min=0)
+    e = ((searches.largest(groups).view(torch.int32) >> 23) - 2).clamp_(min=0)
     shrink = ((254 - e) << 23).view(torch.float32)  # 2^(127 - e)
     codes = searches.nearest(groups, shrink, _MXFP4)
     return torch.cat([e.to(torch.uint8)[:, None], pack(codes, 2, 16)], 1)

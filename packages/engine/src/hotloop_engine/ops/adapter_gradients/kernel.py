@@ -7,6 +7,7 @@ sums of the shares are added in order by a second, small launch: no atomics, the
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -142,9 +143,19 @@ def _gradients(
 
 
 def fits(group: LinearGroup) -> bool:
-    """As the reference, for 16-bit types and up to three projections."""
+    """As the reference, for 16-bit types and up to three projections, on cards since Ampere.
+
+    Before, Triton makes scalar code of a matrix product (in `_column_sums` 9 KiB spilled a thread): there the GEMMs
+    of cuBLAS are the faster way.
+    """
     sixteen = group.dtype in (torch.bfloat16, torch.float16)
-    return sixteen and len(group.views) <= MOST and reference.fits(group)
+    few = len(group.views) <= MOST and reference.fits(group)
+    return sixteen and few and _has_matrix_products(group.device)
+
+
+@cache
+def _has_matrix_products(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def column_sums(a_TM: Tensor, b_TC: Tensor, *, row_scale_T: Tensor | None = None) -> Tensor:

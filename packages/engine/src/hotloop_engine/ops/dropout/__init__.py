@@ -19,6 +19,6 @@ def dropout(x_TK: Tensor, p: float, seed: int, *, impl: str | None = None) -> Te
     """x with each element zeroed with probability p, the rest divided by 1 - p.
 
     The mask depends on seed, position and implementation alone, so that backward applies the same function to the
-    gradient. x: [T, K] of any floating dtype and row stride; the result is contiguous. 0 < p < 1.
+    gradient. x: [T, K] of any floating dtype and row stride; the result is contiguous. 0 < p <= 1; at 1 all is zero.
     """
     return implementation("dropout", x_TK.device, impl).forward(x_TK, p=p, seed=seed)

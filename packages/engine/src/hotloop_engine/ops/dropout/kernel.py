@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hotloop_engine.ops.kernel import FUSED, wide
+
 BLOCK = 1024  # four 16-bit values a lane with 8 warps; the draw, not the memory, is the cost
 
 
@@ -15,9 +17,9 @@ def _dropout(x_ptr, out_ptr, columns, row_stride, elements, p, seed, BLOCK: tl.c
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offset < elements
     row = offset // columns
-    x = tl.load(x_ptr + row * row_stride + (offset - row * columns), mask=inside).to(tl.float32)
+    x = tl.load(x_ptr + row * row_stride + (offset - row * columns), mask=inside)
     keep = tl.rand(seed, offset) >= p
-    tl.store(out_ptr + offset, tl.where(keep, x / (1.0 - p), 0.0), mask=inside)
+    tl.store(out_ptr + offset, tl.where(keep, wide(x) / (1.0 - p), 0.0), mask=inside)
 
 
 def forward(x: Tensor, *, p: float, seed: int) -> Tensor:
@@ -28,5 +30,5 @@ def forward(x: Tensor, *, p: float, seed: int) -> Tensor:
     if x.numel():
         grid = (triton.cdiv(x.numel(), BLOCK),)
         columns = x.shape[-1]
-        _dropout[grid](x, out, columns, x.stride(-2), x.numel(), p, seed, BLOCK=BLOCK)
+        _dropout[grid](x, out, columns, x.stride(-2), x.numel(), p, seed, BLOCK=BLOCK, **FUSED)
     return out

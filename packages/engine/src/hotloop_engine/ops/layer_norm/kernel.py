@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hotloop_engine.ops.kernel import require_unit_last, row_tile, wide
+from hotloop_engine.ops.kernel import FUSED, require_unit_last, row_tile, wide
 from hotloop_engine.ops.rms_norm.kernel import row_shares
 
 FORWARD_ELEMENTS = 32  # of one tensor in a thread: four 16-byte loads of bf16 in flight
@@ -145,7 +145,7 @@ def forward(
     if residual_TD is not None:
         s_TD = x_TD.new_empty(T, D) if sum_out is None else sum_out
     require_unit_last(x=x_TD, w=w_D, b=b_D, residual=residual_TD, sum_out=s_TD, out=y_TD)
-    if T:
+    if x_TD.numel():
         _forward[(triton.cdiv(T, tile.rows),)](
             x_TD,
             w_D,
@@ -165,6 +165,7 @@ def forward(
             BLOCK_D=tile.width,
             ROWS=tile.rows,
             num_warps=tile.warps,
+            **FUSED,
         )
     return y_TD, mean_T, rstd_T, s_TD
 
@@ -191,7 +192,7 @@ def backward(
     require_unit_last(dy=dy_TD, s=s_TD, w=w_D, dresidual=dresidual_TD, out=ds_TD)
     dw_PD = rstd_T.new_empty(shares.programs, D) if need_dw and w_D is not None else None
     db_PD = rstd_T.new_empty(shares.programs, D) if need_dw else None
-    if T:
+    if s_TD.numel():
         _backward[(shares.programs,)](
             dy_TD,
             s_TD,
@@ -213,6 +214,7 @@ def backward(
             ROWS=shares.tile.rows,
             STAGES=shares.stages,
             num_warps=shares.tile.warps,
+            **FUSED,
         )
     dw_D = None if dw_PD is None else dw_PD.sum(0)
     return ds_TD, dw_D, None if db_PD is None else db_PD.sum(0)

@@ -73,7 +73,8 @@ def linear_cross_entropy(
         weight: (V, D), hidden's dtype or fp32. Under autocast both are cast as `F.linear` would;
             otherwise an fp32 head is cast to hidden's dtype, which takes a copy of it.
         labels: (...), int64, already shifted (`shift_labels`). Ignored rows never reach a GEMM. A
-            label outside the vocabulary raises on CPU and makes the loss NaN on CUDA.
+            label outside the vocabulary raises on CPU and makes the loss NaN in Triton, where
+            reading it would stop the host.
         bias: (V,).
         options: ignore_index, label smoothing, soft cap, scale, z-loss, temperature.
         num_items: what the sum is divided by: the labels of the whole accumulation window, as
@@ -90,6 +91,7 @@ def linear_cross_entropy(
     Raises:
         UnsupportedError: shapes, dtypes or devices that do not go together.
         ConfigError: `chunk_tokens` below 1, or `rows` of other labels.
+        DataError: on CPU, a label outside the vocabulary.
         GradientError: backward reached it a second time.
 
     """
@@ -138,7 +140,7 @@ def linear_log_probs(
         impl: which implementation runs.
 
     Raises:
-        UnsupportedError, GradientError: as in `linear_cross_entropy`.
+        UnsupportedError, DataError, GradientError: as in `linear_cross_entropy`.
         ConfigError: the same, or `entropy_gradient` without `entropy`.
 
     """

@@ -17,13 +17,14 @@ import triton.language as tl
 from hotloop_core.errors import UnsupportedError
 from hotloop_core.kernels import RowStatistics
 
+from hotloop_engine.ops.kernel import FUSED
+
 if TYPE_CHECKING:
     from hotloop_core.kernels import HeadLossOptions
     from torch import Tensor
 
 BLOCK = 4096  # 8 logits a thread, one 16-byte load in 16 bit
 NUM_WARPS = 16  # with at most 64 registers a thread: two rows at once on a multiprocessor
-FUSED = {"enable_fp_fusion": True}  # more exact, and Triton's default differs between versions
 SCALE_BLOCK = 2048
 
 LOWEST = tl.constexpr(-1.0e38)  # finite: inf - inf is NaN; and no overflow in _exp

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from hotloop_core.errors import DataError
 from hotloop_core.kernels import RowStatistics
 
 if TYPE_CHECKING:
@@ -25,7 +26,14 @@ def forward_(
     want_entropy: bool,
     moments_2T: Tensor | None = None,
 ) -> RowStatistics:
-    """As `CrossEntropyRows.forward_`; `moments_2T` is filled with mean z and log sum p^2."""
+    """As `CrossEntropyRows.forward_`; `moments_2T` is filled with mean z and log sum p^2.
+
+    Raises:
+        DataError: on CPU, where it costs no wait, a label outside the vocabulary.
+
+    """
+    if labels_T.device.type == "cpu":
+        _require_classes(labels_T, logits_TV.shape[1])
     z_TV, _ = _z_and_slope(logits_TV, options)
     lse_T = z_TV.logsumexp(-1)
     log_prob_T = z_TV.gather(1, labels_T[:, None])[:, 0] - lse_T
@@ -96,6 +104,15 @@ def backward_(
 def scale_rows_(g_TD: Tensor, factor_T: Tensor) -> None:
     """As `CrossEntropyRows.scale_rows_`."""
     g_TD.copy_(g_TD.to(factor_T.dtype) * factor_T[:, None])
+
+
+def _require_classes(labels_T: Tensor, vocabulary: int) -> None:
+    wrong = labels_T[(labels_T < 0) | (labels_T >= vocabulary)]
+    if len(wrong):
+        raise DataError(
+            f"label {int(wrong[0])} is no class of a vocabulary of {vocabulary}; expected 0 to "
+            f"{vocabulary - 1}, or ignore_index. Was the tokenizer extended, but not the head?"
+        )
 
 
 def _z_and_slope(logits_TV: Tensor, options: HeadLossOptions) -> tuple[Tensor, Tensor | float]:

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
+from hotloop_core.errors import ConfigError
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -44,12 +45,37 @@ def lora_linear(x: Tensor, views: Sequence[LinearView]) -> Tensor:
 
     Returns:
         [..., N1 + N2 + ...]: the outputs in the order of `views`.
+
+    Raises:
+        ConfigError: no views, or shapes that do not fit each other.
+
     """
+    _require_fit(x, views)
     group = LinearGroup(views, x.dtype, x.device)
     seeds = draw_seeds(group)
     x_TK = x.reshape(-1, group.k)
     y_TN = _LoraLinear.apply(group, seeds, x_TK, *group.tensors())
     return y_TN.view(*x.shape[:-1], group.n)
+
+
+def _require_fit(x: Tensor, views: Sequence[LinearView]) -> None:
+    if not views:
+        raise ConfigError("lora_linear: no projections; pass one view or more.")
+    for number, view in enumerate(views):
+        n, k = view.shape
+        found = {"x": x.shape[-1:], "weight": (n, k)}
+        expected = {"x": (k,), "weight": (n, k)}
+        if view.bias is not None:
+            found["bias"], expected["bias"] = view.bias.shape, (n,)
+        if view.lora is not None:
+            found["A"], expected["A"] = view.lora.a_RK.shape, (view.lora.rank, k)
+            found["B"], expected["B"] = view.lora.b_NR.shape, (n, view.lora.rank)
+        if wrong := [name for name in found if tuple(found[name]) != expected[name]]:
+            raise ConfigError(
+                f"lora_linear: projection {number} has "
+                + ", ".join(f"{name} {tuple(size)}" for name, size in found.items())
+                + f"; expected {', '.join(f'{name} {expected[name]}' for name in wrong)}."
+            )
 
 
 def draw_seeds(group: LinearGroup) -> tuple[int, ...]:

@@ -65,6 +65,7 @@ class LinearGroup:
         self.drops = any(view.lora is not None and view.lora.dropout > 0 for view in self.views)
         self.sums = not self.drops and implementation("adapter_gradients", device).fits(self)
         """Whether the adapters' gradients come from sums over tokens that whoever makes x or dy may make."""
+        self._sum_dtype = torch.promote_types(dtype, torch.float32)
         self._held: list[Tensor] | None = None
         self.prepared: object = None  # what an implementation keeps of this group between launches
         self._cast = any(
@@ -269,7 +270,7 @@ class LinearGroup:
                     sink, view.weight, matmul_to(dy_TN[:, rows].T, x_TK, view.weight.dtype)
                 )
             if view.bias is not None and view.bias.requires_grad:
-                add_gradient(sink, view.bias, dy_TN[:, rows].sum(0, dtype=torch.float32))
+                add_gradient(sink, view.bias, dy_TN[:, rows].sum(0, dtype=self._sum_dtype))
 
     def _output(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return torch.empty(
@@ -325,7 +326,11 @@ class LinearGroup:
                 dy[:, self.n :].zero_()
             return None
         dt_TC = dy[:, self.n :] if dy.shape[1] > self.n else dy.new_empty(dy.shape[0], self.columns)
-        return torch.mm(dy[:, : self.n], b_NC, out=dt_TC)
+        torch.mm(dy[:, : self.n], b_NC, out=dt_TC)
+        if self.has_bias and self.dtype == torch.float16:
+            # dy b can pass fp16's range, and meets a row of zeros in E: infinity times 0 is NaN.
+            dt_TC[:, self.rank] = 0.0
+        return dt_TC
 
     def _one_by_one(
         self,
@@ -342,7 +347,7 @@ class LinearGroup:
         scaled = dt_TC if row_scale is None else (dt_TC * row_scale[:, None]).to(self.dtype)
         whole = None
         if not self.drops:
-            whole = matmul_to(scaled[:, : self.rank].T, x_TK, torch.float32)
+            whole = matmul_to(scaled[:, : self.rank].T, x_TK, self._sum_dtype)
             if column_scale is not None:
                 whole *= column_scale
         for i, view in enumerate(self.views):
@@ -351,13 +356,13 @@ class LinearGroup:
                 continue
             rows, ranks = self.rows[i], self.ranks[i]
             add_gradient(
-                sink, lora.b_NR, matmul_to(dy_TN[:, rows].T, t_TR[:, ranks], torch.float32)
+                sink, lora.b_NR, matmul_to(dy_TN[:, rows].T, t_TR[:, ranks], self._sum_dtype)
             )
             if whole is not None:
                 da = whole[ranks]
             else:
                 x_in = dropout(x_TK, lora.dropout, seeds[i]) if lora.dropout > 0 else x_TK
-                da = matmul_to(dt_TC[:, ranks].T, x_in, torch.float32)
+                da = matmul_to(dt_TC[:, ranks].T, x_in, self._sum_dtype)
             add_gradient(sink, lora.a_RK, da * lora.scale)
 
     def _add_dropped(self, dx: Tensor, dt_TC: Tensor | None, seeds: Sequence[int]) -> None:

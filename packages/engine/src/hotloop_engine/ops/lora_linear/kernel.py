@@ -22,19 +22,20 @@ from . import reference
 if TYPE_CHECKING:
     from .group import LinearGroup
 
-ROWS = 64  # rows of B a program: its columns are few, so a program writes 64 x 64 values
+ROWS = 64  # of B a program
+COLUMNS = 64  # of B at a turn: 32 values a thread; ranks of 256 have up to 1,024, which would spill at once
 WIDTH = 1024  # columns of A a program: one row of A, 16-byte accesses with 4 warps
 MOST = 3  # q, k, v; a larger group takes the reference, whose launches are many but small
 
 
 @triton.jit
-def _tile_b(tile, b_ptr, bias_ptr, n, c, first_n, last_n, first_c, rank, b_row, bias_column):
+def _tile_b(tile, b_ptr, bias_ptr, n, c, first_n, last_n, first_c, rank, bias_column):
     """`tile` with one projection's B, and its bias, put in."""
     row, column = (n - first_n)[:, None], (c - first_c)[None, :]
     mine = (n >= first_n)[:, None] & (n < last_n)[:, None]
     inside = mine & (column >= 0) & (column < rank)
     tile = tl.where(
-        inside, tl.load(b_ptr + row * b_row + column, mask=inside, other=0.0).to(tl.float32), tile
+        inside, tl.load(b_ptr + row * rank + column, mask=inside, other=0.0).to(tl.float32), tile
     )
     if bias_ptr is not None:
         at_bias = mine & (c == bias_column)[None, :]
@@ -44,143 +45,60 @@ def _tile_b(tile, b_ptr, bias_ptr, n, c, first_n, last_n, first_c, rank, b_row, 
 
 
 @triton.jit
-def _line_a(line, a_ptr, c, k, columns, first_c, rank, a_row, scale):
+def _line_a(line, a_ptr, c, k, k_total, first_c, rank, scale):
     """`line`, row c of the group's A, where it belongs to this projection."""
     mine = (c >= first_c) & (c < first_c + rank)
-    inside = mine & (k < columns)
-    a = tl.load(a_ptr + (c - first_c) * a_row + k, mask=inside, other=0.0).to(tl.float32)
+    inside = mine & (k < k_total)
+    a = tl.load(a_ptr + (c - first_c) * k_total + k, mask=inside, other=0.0).to(tl.float32)
     return tl.where(inside, a * scale, line)
 
 
 @triton.jit
 def _edges(
-    program,
-    out_b,
-    out_a,
-    b_pitch,
-    a_pitch,
-    n_total,
-    k_total,
-    columns,
-    bias_column,
-    b0,
-    b1,
-    b2,
-    a0,
-    a1,
-    a2,
-    bias0,
-    bias1,
-    bias2,
-    n1,
-    n2,
-    c1,
-    c2,
-    r0,
-    r1,
-    r2,
-    scale0,
-    scale1,
-    scale2,
-    b_programs,
-    a_blocks,
-    ROWS: tl.constexpr,
-    PADDED: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """One program's share of B (the first `b_programs`) or of A."""
+    program, out_b, out_a, b_pitch, a_pitch, k_total, columns, bias_column,
+    b, a, bias, n_bounds, c_starts, ranks, scales, b_programs, a_blocks,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program's share of B (the first `b_programs`) or of A.
+
+    b, a, bias, c_starts, ranks, scales: of three projections. n_bounds: where their rows start, and all rows.
+    """
     if program < b_programs:
         n = program * ROWS + tl.arange(0, ROWS)
-        column = tl.arange(0, PADDED)
-        tile = tl.zeros((ROWS, PADDED), dtype=tl.float32)
-        tile = _tile_b(tile, b0, bias0, n, column, 0, n1, 0, r0, r0, bias_column)
-        tile = _tile_b(tile, b1, bias1, n, column, n1, n2, c1, r1, r1, bias_column)
-        tile = _tile_b(tile, b2, bias2, n, column, n2, n_total, c2, r2, r2, bias_column)
-        inside_b = (n < n_total)[:, None] & (column < columns)[None, :]
-        to_b = out_b + n[:, None].to(tl.int64) * b_pitch + column[None, :]
-        tl.store(to_b, tile.to(out_b.dtype.element_ty), mask=inside_b)
+        for first in tl.range(0, PADDED, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            tile = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+            for i in tl.static_range(3):
+                tile = _tile_b(
+                    tile, b[i], bias[i], n, column, n_bounds[i], n_bounds[i + 1],
+                    c_starts[i], ranks[i], bias_column,
+                )  # fmt: skip
+            inside = (n < n_bounds[3])[:, None] & (column < columns)[None, :]
+            to_b = out_b + n[:, None].to(tl.int64) * b_pitch + column[None, :]
+            tl.store(to_b, tile.to(out_b.dtype.element_ty), mask=inside)
     else:
         row = (program - b_programs) // a_blocks
         k = ((program - b_programs) % a_blocks) * WIDTH + tl.arange(0, WIDTH)
-        rows = row + tl.zeros_like(k)
+        c = row + tl.zeros_like(k)
         line = tl.zeros((WIDTH,), dtype=tl.float32)
-        line = _line_a(line, a0, rows, k, k_total, 0, r0, k_total, scale0)
-        line = _line_a(line, a1, rows, k, k_total, c1, r1, k_total, scale1)
-        line = _line_a(line, a2, rows, k, k_total, c2, r2, k_total, scale2)
+        for i in tl.static_range(3):
+            line = _line_a(line, a[i], c, k, k_total, c_starts[i], ranks[i], scales[i])
         to_a = out_a + row.to(tl.int64) * a_pitch + k
         tl.store(to_a, line.to(out_a.dtype.element_ty), mask=k < k_total)
 
 
 @triton.jit
 def _fill(
-    out_b,
-    out_a,
-    b_pitch,
-    a_pitch,
-    n_total,
-    k_total,
-    columns,
-    bias_column,
-    b0,
-    b1,
-    b2,
-    a0,
-    a1,
-    a2,
-    bias0,
-    bias1,
-    bias2,
-    n1,
-    n2,
-    c1,
-    c2,
-    r0,
-    r1,
-    r2,
-    scale0,
-    scale1,
-    scale2,
-    b_programs,
-    a_blocks,
-    ROWS: tl.constexpr,
-    PADDED: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    out_b, out_a, b_pitch, a_pitch, n_total, k_total, columns, bias_column,
+    b0, b1, b2, a0, a1, a2, bias0, bias1, bias2, n1, n2, c1, c2, r0, r1, r2,
+    scale0, scale1, scale2, b_programs, a_blocks,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     _edges(
-        tl.program_id(0),
-        out_b,
-        out_a,
-        b_pitch,
-        a_pitch,
-        n_total,
-        k_total,
-        columns,
-        bias_column,
-        b0,
-        b1,
-        b2,
-        a0,
-        a1,
-        a2,
-        bias0,
-        bias1,
-        bias2,
-        n1,
-        n2,
-        c1,
-        c2,
-        r0,
-        r1,
-        r2,
-        scale0,
-        scale1,
-        scale2,
-        b_programs,
-        a_blocks,
-        ROWS,
-        PADDED,
-        WIDTH,
-    )
+        tl.program_id(0), out_b, out_a, b_pitch, a_pitch, k_total, columns, bias_column,
+        (b0, b1, b2), (a0, a1, a2), (bias0, bias1, bias2), (0, n1, n2, n_total), (0, c1, c2),
+        (r0, r1, r2), (scale0, scale1, scale2), b_programs, a_blocks, ROWS, PADDED, COLUMNS, WIDTH,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -197,60 +115,14 @@ def _weight(
 
 @triton.jit
 def _extend(
-    packed0,
-    packed1,
-    packed2,
-    absmax0,
-    absmax1,
-    absmax2,
-    outer0,
-    outer1,
-    outer2,
-    offset0,
-    offset1,
-    offset2,
-    code,
-    nested_code,
-    tiles0,
-    tiles1,
-    tiles2,
-    out_e,
-    out_b,
-    out_a,
-    pitch,
-    n_total,
-    columns,
-    bias_column,
-    b0,
-    b1,
-    b2,
-    a0,
-    a1,
-    a2,
-    bias0,
-    bias1,
-    bias2,
-    n1,
-    n2,
-    c1,
-    c2,
-    r0,
-    r1,
-    r2,
-    scale0,
-    scale1,
-    scale2,
-    b_programs,
-    a_blocks,
-    K: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr,
-    NESTED_BLOCKSIZE: tl.constexpr,
-    WORDS: tl.constexpr,
-    ROWS: tl.constexpr,
-    PADDED: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    packed0, packed1, packed2, absmax0, absmax1, absmax2, outer0, outer1, outer2,
+    offset0, offset1, offset2, code, nested_code, tiles0, tiles1, tiles2,
+    out_e, out_b, out_a, pitch, n_total, columns, bias_column,
+    b0, b1, b2, a0, a1, a2, bias0, bias1, bias2, n1, n2, c1, c2, r0, r1, r2,
+    scale0, scale1, scale2, b_programs, a_blocks,
+    K: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, WORDS: tl.constexpr,
+    ROWS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     if program < tiles0:
         _weight(
@@ -269,40 +141,10 @@ def _extend(
         )  # fmt: skip
     else:
         _edges(
-            program - tiles0 - tiles1 - tiles2,
-            out_b,
-            out_a,
-            pitch,
-            pitch,
-            n_total,
-            K,
-            columns,
-            bias_column,
-            b0,
-            b1,
-            b2,
-            a0,
-            a1,
-            a2,
-            bias0,
-            bias1,
-            bias2,
-            n1,
-            n2,
-            c1,
-            c2,
-            r0,
-            r1,
-            r2,
-            scale0,
-            scale1,
-            scale2,
-            b_programs,
-            a_blocks,
-            ROWS,
-            PADDED,
-            WIDTH,
-        )
+            program - tiles0 - tiles1 - tiles2, out_b, out_a, pitch, pitch, K, columns, bias_column,
+            (b0, b1, b2), (a0, a1, a2), (bias0, bias1, bias2), (0, n1, n2, n_total), (0, c1, c2),
+            (r0, r1, r2), (scale0, scale1, scale2), b_programs, a_blocks, ROWS, PADDED, COLUMNS, WIDTH,
+        )  # fmt: skip
 
 
 class _Prepared:
@@ -314,9 +156,13 @@ class _Prepared:
     def __init__(self, group: LinearGroup) -> None:
         views, loras = group.views, [view.lora for view in group.views]
         missing = MOST - len(views)
-        self.fits = missing >= 0 and all(
-            lora is None or (lora.a_RK.is_contiguous() and lora.b_NR.is_contiguous())
-            for lora in loras
+        self.fits = (
+            missing >= 0
+            and group.dtype != torch.float64  # the kernels multiply s and A in fp32
+            and all(
+                lora is None or (lora.a_RK.is_contiguous() and lora.b_NR.is_contiguous())
+                for lora in loras
+            )
         )
         if not self.fits:
             self.four_bit = None
@@ -324,7 +170,10 @@ class _Prepared:
         firsts = [r.start for r in group.rows] + [group.n] * missing
         starts = [r.start for r in group.ranks] + [group.columns] * missing
         any_tensor = next(t for t in (*group.tensors(), *_packed(group)) if t is not None)
-        self.padded = triton.next_power_of_2(max(1, group.columns))
+        padded = triton.next_power_of_2(max(1, group.columns))
+        self.constants = {
+            "ROWS": ROWS, "PADDED": padded, "COLUMNS": min(COLUMNS, padded), "WIDTH": WIDTH,
+        }  # fmt: skip
         b_programs, a_blocks = triton.cdiv(group.n, ROWS), triton.cdiv(group.k, WIDTH)
         self.programs = b_programs + group.columns * a_blocks
         self.adapters = (
@@ -359,10 +208,15 @@ def _packed(group: LinearGroup) -> list[Tensor]:
 
 
 def _four_bit(group: LinearGroup) -> _FourBit | None:
-    """What `_extend` needs of the weights; None where they are not 4-bit, not alike or not whole words."""
+    """What `_extend` needs of the weights.
+
+    None where they are not 4-bit, not alike or not whole words, or where N * K passes the kernel's 32 bits.
+    """
     weights = [view.weight for view in group.views]
     first = weights[0]
     if not isinstance(first, FourBitWeight) or group.k % 8 or first.blocksize % 8:
+        return None
+    if max(view.shape[0] for view in group.views) * group.k >= 2**31:
         return None
     nested = first.nested_absmax is not None
     kind = (first.kind, first.blocksize, first.nested_blocksize, nested)
@@ -425,7 +279,7 @@ def fill_columns(group: LinearGroup, b_NC: Tensor, a_CK: Tensor) -> None:
             group.rank,
             *prepared.adapters,
         ),
-        {"ROWS": ROWS, "PADDED": prepared.padded, "WIDTH": WIDTH},
+        prepared.constants,
         num_warps=4,
         enable_fp_fusion=False,  # s·A is rounded as the reference rounds it
     )
@@ -454,7 +308,7 @@ def extend(group: LinearGroup, e: Tensor) -> bool:
             group.rank,
             *prepared.adapters,
         ),
-        {**constants, "ROWS": ROWS, "PADDED": prepared.padded, "WIDTH": WIDTH},
+        {**constants, **prepared.constants},
         num_warps=4,
         enable_fp_fusion=False,  # bitsandbytes rounds the nested product before it adds the offset
     )

@@ -171,9 +171,11 @@ def forward(weight: FourBitWeight, *, out: Tensor, lookup: Lookup = "gather") ->
     nested = weight.nested_absmax is not None
     packed = weight.packed.flatten()
     whole_words = columns % 8 == 0 and weight.blocksize % 8 == 0 and packed.data_ptr() % 4 == 0
+    # Single codes take 64-bit places of their own: 64 of them a thread spill 8 KiB, 8 nothing.
+    words = WORDS if whole_words else WORDS // 8
     launch(
         _dequantize,
-        triton.cdiv(values, WORDS * 8),
+        triton.cdiv(values, words * 8),
         (
             packed.view(torch.int32) if whole_words else packed,
             weight.absmax,
@@ -192,7 +194,7 @@ def forward(weight: FourBitWeight, *, out: Tensor, lookup: Lookup = "gather") ->
             "NESTED_BLOCKSIZE": weight.nested_blocksize,
             "WHOLE_WORDS": whole_words,
             "LOOKUP": lookup,
-            "WORDS": WORDS,
+            "WORDS": words,
         },
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,  # bitsandbytes rounds the nested product before it adds the offset

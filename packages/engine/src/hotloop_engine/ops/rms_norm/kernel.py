@@ -143,7 +143,7 @@ def forward(
     if residual_TD is not None:
         s_TD = x_TD.new_empty(T, D) if sum_out is None else sum_out
     require_unit_last(x=x_TD, w=w_D, residual=residual_TD, sum_out=s_TD, out=y_TD)
-    if T:
+    if x_TD.numel():
         launch(
             _forward,
             triton.cdiv(T, tile.rows),
@@ -219,7 +219,7 @@ def backward(
     ds_TD = s_TD.new_empty(T, D) if out is None else out
     require_unit_last(dy=dy_TD, s=s_TD, w=w_D, dresidual=dresidual_TD, out=ds_TD)
     dw_PD = rstd_T.new_empty(shares.programs, D) if summing else None
-    if T:
+    if s_TD.numel():
         launch(
             _backward,
             shares.programs,

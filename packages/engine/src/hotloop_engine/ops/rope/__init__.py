@@ -105,7 +105,7 @@ def rope(
     Args:
         q: [..., H, K], bf16, fp16, fp32 or fp64.
         k: [..., G, K], the same leading dimensions and dtype.
-        cos: [..., R], any float dtype; R even, at most K. Its leading dimensions are q's, or the
+        cos: [..., R], any float dtype; R even, 2 to K. Its leading dimensions are q's, or the
             last of q's, or those with ones in front: then its rows repeat. Any positions will do.
         sin: like cos.
         interleaved: pairs are neighbours (x[2j], x[2j+1]) and use column j of the tables, not the
@@ -136,10 +136,10 @@ def rope(
             f"rope: q {tuple(q.shape)} and k {tuple(k.shape)} may differ in heads only, and cos "
             f"{tuple(cos.shape)} and sin {tuple(sin.shape)} not at all."
         )
-    if R % 2 or R > K or tokens % max(places, 1):
+    if R % 2 or not 2 <= R <= K or tokens % max(places, 1):
         raise ConfigError(
             f"rope: tables of {places} rows and {R} columns do not fit {tokens} tokens, heads of "
-            f"{K}; expected an even number of columns up to {K}, and rows that divide the tokens."
+            f"{K}; expected an even number of columns, 2 to {K}, and rows that divide the tokens."
         )
     if cos.requires_grad or sin.requires_grad:
         raise ConfigError("rope: cos or sin requires a gradient, which it has none for; detach it.")

@@ -337,11 +337,17 @@ def _launch(
     """Rotates both tensors; returns them and, if asked, the norm weights' gradients [2, K]."""
     (q_in, k_in), (q, k), (q_norm, k_norm) = ins, xs, norms
     (T, H, K), G, (P, R) = q_in.shape, k_in.shape[1], cos_PR.shape
-    if R % 2 or R > K or T % max(P, 1) or k_in.shape != (T, G, K) or sin_PR.shape != cos_PR.shape:
+    if (
+        R % 2
+        or not 2 <= R <= K
+        or T % max(P, 1)
+        or k_in.shape != (T, G, K)
+        or sin_PR.shape != cos_PR.shape
+    ):
         raise ConfigError(
             f"rope: q {tuple(q_in.shape)}, k {tuple(k_in.shape)}, cos {tuple(cos_PR.shape)}, sin "
             f"{tuple(sin_PR.shape)} do not fit: expected [T, H, K], [T, G, K], [P, R], [P, R], R "
-            "even and at most K, T a multiple of P."
+            "even and 2 to K, T a multiple of P."
         )
     q_out, k_out = (
         i.new_empty(i.shape) if o is None else o for i, o in zip(ins, outs, strict=True)
