@@ -145,7 +145,16 @@ def test_the_page_has_the_newest_row_of_each_thing_and_no_smoke(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["elementwise", "nf4", "linear_cross_entropy", "attention", "attention_gemma2"]
+    "name",
+    [
+        "elementwise",
+        "nf4",
+        "linear_cross_entropy",
+        "attention",
+        "attention_gemma2",
+        "tune_attention",
+        "tune_linear_cross_entropy",
+    ],
 )
 def test_an_ops_benchmark_runs_to_its_end_and_leaves_history_alone(name: str) -> None:
     history = BENCHMARKS / "history"

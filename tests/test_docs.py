@@ -119,7 +119,9 @@ def test_its_python_runs(
     for example in examples:
         example.evaluate()
     for name in set(sys.modules) - before:
-        if name.startswith(("hotloop_ernie", "hotloop_aten", "hotloop_npy")):
+        if name.startswith(
+            ("hotloop_ernie", "hotloop_aten", "hotloop_npy", "hotloop_arcee", "hotloop_lean")
+        ):
             del sys.modules[name]
 
 

@@ -129,6 +129,11 @@ def test_sizes_that_cannot_be_are_refused_by_their_key(changes, says):
         facts(**changes)
 
 
+def test_an_activation_that_neither_config_nor_family_names_is_refused():
+    with pytest.raises(ConfigError, match=r"no 'hidden_act', and the family 'made-up' no default"):
+        facts(hidden_act=None)
+
+
 def test_an_activation_that_the_engine_lacks_is_refused_with_those_it_has():
     with pytest.raises(UnsupportedError, match=r"'relu'.*silu"):
         facts(hidden_act="relu")

@@ -22,7 +22,7 @@ def fail_writes(monkeypatch: pytest.MonkeyPatch, after: int, code: int) -> None:
     real = Path.open
 
     def opened(self: Path, mode: str = "r", buffering: int = -1) -> Any:
-        if "w" not in mode:
+        if not {"w", "x"} & set(mode):
             return real(self, mode, buffering)
         file = real(self, mode, 0)
         write = file.write

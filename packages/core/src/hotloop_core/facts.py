@@ -129,7 +129,8 @@ def facts_of(family: FamilySpec, config: Config) -> ModelFacts:
     """Reads a config as `family` says it is kept.
 
     Raises:
-        ConfigError: a size is missing, not a positive integer, or sizes contradict each other.
+        ConfigError: a size or the activation is missing, a size is not a positive integer, or sizes contradict each
+            other.
         UnsupportedError: the activation, or a layer's kind of attention, is none that the engine has, or the config
             sets a key that the family refuses.
 
@@ -228,7 +229,12 @@ def _flag(config: Config, value: bool | str) -> bool:
 
 def _activation(config: Config, family: FamilySpec) -> Activation:
     key = family.keys.activation
-    name = config.get(key)
+    if key not in config:
+        raise ConfigError(
+            f"config.json has no {key!r}, and the family {family.name!r} no default for it. Add it to config.json, "
+            "or to the family's ConfigKeys.defaults."
+        )
+    name = config[key]
     known: dict[str, Activation] = {**ACTIVATIONS, **family.keys.activations}
     if not isinstance(name, str) or name not in known:
         raise UnsupportedError(

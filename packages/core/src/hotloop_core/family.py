@@ -238,8 +238,9 @@ class ExportFacts:
     differs from the exporter's table. transforms: role -> name of a transform that the exporter documents.
     metadata: key of the format -> name of a field of `ModelFacts`, "config.KEY" for a key of the config, or a literal
     that is not a string.
-    implied: field of `ModelFacts` -> the value that readers of the format take for it, since it has no key for it; a
-    model where it is another cannot be written.
+    implied: field of `ModelFacts`, or "config.KEY" for a key of the config -> the value that readers of the format take
+    for it, since it has no key for it; a model where it is another cannot be written. GGUF takes silu where no
+    activation is named.
     """
 
     architecture: str

@@ -102,7 +102,7 @@ class Outputs:
         self._claim(name)
         path = self.directory / name
         with _reported(path):
-            raw = self._partial(name).open("wb", buffering=1 << 20)
+            raw = _new(self._partial(name), buffering=1 << 20)
         file = HashingFile(raw, path)
         try:
             yield file
@@ -175,7 +175,7 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     """Replaces `path` by `data`, whole or not at all."""
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     try:
-        with partial.open("wb") as file:
+        with _new(partial) as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -293,6 +293,12 @@ def _reported(path: Path) -> Generator[None]:
             f"cannot write {path}: {error.strerror or error}. "
             "No partial file was left; free space or choose another directory."
         ) from error
+
+
+def _new(path: Path, buffering: int = -1) -> BinaryIO:
+    """A file that was not there before: one left over goes, and a link that lies in its place is not followed."""
+    path.unlink(missing_ok=True)
+    return path.open("xb", buffering=buffering)
 
 
 def _close(raw: BinaryIO) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .chat_templates import (
         get_chat_template,
         standardize_data_formats,
+        standardize_sharegpt,
         train_on_responses_only,
     )
     from .exporting import export
@@ -39,6 +40,7 @@ __all__ = [
     "load",
     "plan",
     "standardize_data_formats",
+    "standardize_sharegpt",
     "train",
     "train_on_responses_only",
     "verify",
@@ -56,6 +58,7 @@ _HOMES = {
     "load": "loading",
     "plan": "planner",
     "standardize_data_formats": "chat_templates",
+    "standardize_sharegpt": "chat_templates",
     "train": "training",
     "train_on_responses_only": "chat_templates",
     "verify": "verification",
@@ -66,6 +69,9 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     home = _HOMES.get(name)
     if home is None:
+        from .fast.refusals import refuse_name
+
+        refuse_name(name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     # Stored, so that the next use costs nothing, and so that a submodule of the same name does not shadow it.

@@ -5,13 +5,12 @@ from .attention import AttentionBlock
 from .context import BlockContext, NormView, Saved
 from .mlp import MlpBlock
 from .own import Call, OwnBlock
-from .run import Block, Run, Surroundings, run_blocks
+from .run import Run, StreamBlock, Surroundings, run_blocks
 
 __all__ = [
     "Attend",
     "AttentionBlock",
     "AttentionShape",
-    "Block",
     "BlockContext",
     "Call",
     "MlpBlock",
@@ -19,6 +18,7 @@ __all__ = [
     "OwnBlock",
     "Run",
     "Saved",
+    "StreamBlock",
     "Surroundings",
     "run_blocks",
 ]

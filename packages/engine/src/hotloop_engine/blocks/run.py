@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .context import Saved
 
 
-class Block(Protocol):
+class StreamBlock(Protocol):
     """A part of a layer that maps the residual stream to the residual stream, with a backward of its own.
 
     input_name: what a plan calls its input. names: what a plan calls the other tensors that its backward needs; forward
@@ -86,7 +86,7 @@ class Surroundings:
 
 
 def run_blocks(
-    blocks: Sequence[Block],
+    blocks: Sequence[StreamBlock],
     x_TD: Tensor,
     plan: LayerPlan = KEEP_ALL,
     around: Surroundings | None = None,
@@ -120,7 +120,9 @@ _ROOM = "_hotloop_room"
 class Run:
     """One pass through the blocks of one layer: what backward still needs, and where that is."""
 
-    def __init__(self, blocks: Sequence[Block], plan: LayerPlan, around: Surroundings) -> None:
+    def __init__(
+        self, blocks: Sequence[StreamBlock], plan: LayerPlan, around: Surroundings
+    ) -> None:
         self.blocks, self.plan, self.around = blocks, plan, around
         self.saved: Saved | None = {}
         self.input = self._placement_of_input()

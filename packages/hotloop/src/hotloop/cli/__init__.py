@@ -84,7 +84,10 @@ def main() -> None:
         errors().print(panel, soft_wrap=False)
         sys.exit(1)
     except KeyboardInterrupt:
+        trains = "train" in sys.argv[1:2]
         errors().print(
             "interrupted; `hotloop train RECIPE --resume` goes on from the newest checkpoint"
+            if trains
+            else "interrupted"
         )
         sys.exit(130)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hotloop_core.errors import ConfigError, ExportError
 from hotloop_core.files import write_atomically
 
-from .intact import read_object
+from hotloop.loading.intact import read_object
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

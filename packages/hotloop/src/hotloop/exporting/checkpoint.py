@@ -17,7 +17,7 @@ from hotloop_core.errors import (
 )
 from hotloop_core.files import write_atomically
 
-from .intact import (
+from hotloop.loading.intact import (
     read_object,
     recorded,
     refuse_stacked,

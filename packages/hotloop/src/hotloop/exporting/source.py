@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import ConfigError
 
+from hotloop.loading.intact import refuse_stacked, require_adapter
+
 from .bases import NOTES, Base
 from .checkpoint import check_base, open_checkpoint, open_model, open_tokenizer, put_adapter
-from .intact import refuse_stacked, require_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

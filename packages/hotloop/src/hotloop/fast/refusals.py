@@ -38,7 +38,6 @@ _ELSEWHERE = {
     "AutoLigerKernelForCausalLM": "load with transformers, then hotloop.wire(model); or hotloop.load",
     "apply_liger_kernel_to_llama": "hotloop.wire(model), after loading: one model is changed, and can be changed back",
     "is_bf16_supported": "from hotloop import is_bfloat16_supported",
-    "standardize_sharegpt": "from hotloop import standardize_data_formats",
     "to_sharegpt": "write the rows as conversations of role and content, with dataset.map",
     "apply_chat_template": "use tokenizer.apply_chat_template in dataset.map",
     "add_new_tokens": (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import CheckpointError, ConfigError
 
+from .intact import require_index
 from .source import refuse_pickles
 
 if TYPE_CHECKING:
@@ -22,12 +23,14 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model folder, each one's header checked against its length.
 
     Raises:
-        SecurityError: the weights are pickled. CheckpointError: a shard is missing, or truncated.
+        SecurityError: the weights are pickled, or the index names files elsewhere.
+        CheckpointError: a shard is missing, or truncated.
 
     """
     from safetensors import SafetensorError, safe_open
 
     refuse_pickles(directory)
+    require_index(directory)
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

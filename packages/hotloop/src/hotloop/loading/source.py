@@ -4,7 +4,6 @@ local folder.
 
 from __future__ import annotations
 
-import json
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import CheckpointError, ConfigError, SecurityError
+
+from .intact import read_object, refuse_stacked
 
 if TYPE_CHECKING:
     import os
@@ -100,7 +101,7 @@ def _of_directory(name: str, path: Path, hub: Hub) -> Source:
     if (path / "adapter_config.json").is_file():
         return _adapter(name, path, hub)
     if (path / "config.json").is_file():
-        return Source(name=name, directory=path, config=_json(path / "config.json"))
+        return Source(name=name, directory=path, config=read_object(path / "config.json"))
     files = sorted(path.glob("*.gguf"))
     if len(files) == 1:
         return _gguf(name, files[0])
@@ -124,12 +125,13 @@ def _adapter(name: str, path: Path, hub: Hub) -> Source:
                 "adapter again"
             )
         )
-    base = _json(path / "adapter_config.json").get("base_model_name_or_path")
+    base = read_object(path / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise ConfigError(
             f"{path}/adapter_config.json names no base_model_name_or_path; load the base model and "
             "put the adapter on it with peft.PeftModel.from_pretrained"
         )
+    refuse_stacked(str(path))
     return replace(locate(base, hub), adapter=path)
 
 
@@ -151,7 +153,7 @@ def _of_hub(name: str, hub: Hub) -> Source:
         path = Path(hf_hub_download(repo, file or "config.json", **where))
     if file:
         return _gguf(name, path)
-    return Source(name=name, directory=path.parent, config=_json(path), repo=repo)
+    return Source(name=name, directory=path.parent, config=read_object(path), repo=repo)
 
 
 def _gguf(name: str, path: Path) -> Source:
@@ -179,16 +181,6 @@ def _hub_errors(name: str) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise CheckpointError(f"cannot bring {name} from the hub: {error}") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def _has_pickles(path: Path) -> bool:

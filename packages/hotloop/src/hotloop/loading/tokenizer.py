@@ -47,7 +47,7 @@ def read_tokenizer(source: Source, *, remote_code: bool = False) -> PreTrainedTo
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=remote_code)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever a damaged file makes transformers stumble over
             raise CheckpointError(f"{directory}: its tokenizer cannot be read: {error}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = _padding(tokenizer)

@@ -24,7 +24,7 @@ from .views import active_module, linear_view, norm_view
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from hotloop_engine.blocks import Block, NormView
+    from hotloop_engine.blocks import NormView, StreamBlock
     from hotloop_engine.ops.lora_linear import LinearView
     from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ class Builder:
             tile=shared.plan.tile,
         )
 
-    def blocks(self) -> tuple[Block, Block]:
+    def blocks(self) -> tuple[StreamBlock, StreamBlock]:
         """The attention block and the MLP block.
 
         Raises:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hotloop_core import Attention, CustomBlock, LayerSpec, ModelFacts, Plan
+from hotloop_core.errors import UnsupportedError
 from hotloop_engine.attention import Sequences
 from hotloop_engine.blocks import Surroundings, run_blocks
 from torch import Tensor, nn
@@ -58,9 +59,12 @@ class Shared:
         sources = (padding, positions, offsets)
         if self._known is not None and _same(self._known[0], sources, hidden.shape[:2]):
             return self._known[1]
-        found = sequences_of(
-            hidden.shape[0], hidden.shape[1], hidden.device, padding, positions, offsets
-        )
+        try:
+            found = sequences_of(
+                hidden.shape[0], hidden.shape[1], hidden.device, padding, positions, offsets
+            )
+        except UnsupportedError as error:
+            raise Refusal("mask", str(error)) from error
         self._known = (_identity(sources, hidden.shape[:2]), found)
         return found
 

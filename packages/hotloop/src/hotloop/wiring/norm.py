@@ -38,14 +38,14 @@ def forward(module: nn.Module, own_forward: Callable[..., Any], hidden_states: T
         if state.norms.kind == "layer":
             return layer_norm(
                 hidden_states,
-                norm.weight,
-                norm.bias,
+                getattr(norm, "weight", None),
+                getattr(norm, "bias", None),
                 eps=eps,
                 impl=state.shared.ops.get("layer_norm"),
             )
         return rms_norm(
             hidden_states,
-            norm.weight,
+            getattr(norm, "weight", None),
             eps=eps,
             offset=state.norms.offset,
             impl=state.shared.ops.get("rms_norm"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from hotloop_core.errors import BudgetError, DataError
+from hotloop_core.errors import BudgetError, DataError, UnsupportedError
 from hotloop_core.kernels import HeadLossOptions
 from hotloop_engine.ops.linear_cross_entropy import (
     TrainedRows,
@@ -26,7 +26,7 @@ from .layer import SEQUENCES, Shared, sequences_of
 from .lazy import LazyTensor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from hotloop_core import FamilySpec
     from hotloop_engine.attention import Sequences
@@ -123,7 +123,7 @@ def forward(root: nn.Module, own_forward: Callable[..., Any], *args: Any, **kwar
             False  # the default, True, would build a cache that training never reads
         )
     if not cached:
-        kwargs = _with_sequences(kwargs)
+        kwargs = _with_sequences(kwargs, state.shared.allow_eager)
         if _records(root):
             _plan_for(root, state, kwargs.get(SEQUENCES))
     shifted = kwargs.get("shift_labels")
@@ -162,7 +162,7 @@ def _plan_for(root: Any, state: RootState, sequences: Sequences | None) -> None:
     state.receipt.replan(larger)
 
 
-def _with_sequences(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _with_sequences(kwargs: dict[str, Any], allow_eager: Collection[str]) -> dict[str, Any]:
     """Works out once per batch what each layer would have to ask the positions for."""
     tokens = (
         kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
@@ -170,14 +170,19 @@ def _with_sequences(kwargs: dict[str, Any]) -> dict[str, Any]:
     mask = kwargs.get("attention_mask")
     if tokens is None or (mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2)):
         return kwargs
-    found = sequences_of(
-        tokens.shape[0],
-        tokens.shape[1],
-        tokens.device,
-        mask,
-        kwargs.get("position_ids"),
-        kwargs.get("cu_seq_lens_q"),
-    )
+    try:
+        found = sequences_of(
+            tokens.shape[0],
+            tokens.shape[1],
+            tokens.device,
+            mask,
+            kwargs.get("position_ids"),
+            kwargs.get("cu_seq_lens_q"),
+        )
+    except UnsupportedError:
+        if "mask" not in allow_eager:
+            raise
+        return kwargs  # each layer finds the same, and runs the model's own code
     if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("position_ids") is None:
         # A layer that is left to the model's own code knows rows apart by their positions alone.
         kwargs = {**kwargs, "position_ids": found.positions().view(tokens.shape[:2])}
