@@ -211,7 +211,7 @@ def test_a_read_only_directory_is_reported(run: Path, monkeypatch: pytest.Monkey
     real = Path.open
 
     def refused(self: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
-        if "w" in mode and self.is_relative_to(run / "export"):
+        if {"w", "x"} & set(mode) and self.is_relative_to(run / "export"):
             raise PermissionError(13, "Permission denied")
         return real(self, mode, *rest, **options)
 

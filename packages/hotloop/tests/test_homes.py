@@ -15,7 +15,13 @@ from hotloop.lora import add_lora
 from hotloop.wiring import wire
 from hotloop_core import LayerPlan, Plan
 from hotloop_core.errors import PlanError, UnsupportedError
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Phi3Config,
+    Qwen2Config,
+)
 
 SIZES = {
     "hidden_size": 64,
@@ -35,6 +41,7 @@ SIZES = {
 KINDS = {
     "llama": (LlamaConfig, {}),
     "qwen2": (Qwen2Config, {}),  # biases
+    "phi3": (Phi3Config, {}),  # fused projections
     "gemma3": (Gemma3TextConfig, {}),  # tied, a scaled embedding, padding_idx
 }
 
@@ -106,7 +113,8 @@ def test_logits_and_generated_text_are_those_of_the_resident_model(kind, streame
     assert torch.equal(generated(model), text)
     assert_same(state(model), before)
     on_host = {m._parameters["weight"].data_ptr() for m in model.modules() if is_away(m)}
-    assert len(on_host) == 7 * len(streamed) + (1 if kind == "gemma3" else 2)
+    projections = 4 if kind == "phi3" else 7
+    assert len(on_host) == projections * len(streamed) + (1 if kind == "gemma3" else 2)
     homes.undo()
     assert_same(state(model), before)
     assert torch.equal(model(tokens()).logits, logits)

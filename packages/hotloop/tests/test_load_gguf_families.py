@@ -64,7 +64,7 @@ def rope(kind, **parameters):
             **{**WIDE, "query_pre_attn_scalar": 16},
         ),
         Gemma3TextConfig(**SIZES, **WIDE, layer_types=MIXED, rope_parameters=LOCAL_ROPE),
-        Qwen3Config(**SIZES, head_dim=32, attention_bias=True),
+        Qwen3Config(**SIZES, head_dim=32),
     ],
     ids=[
         "llama-biases",

@@ -8,6 +8,7 @@ from time import process_time
 
 import pytest
 from hotloop.cli import app
+from hotloop.cli.terminal import console
 from hotloop.planner import Request, explain_oom, outlook, plan, plan_after_oom, summary
 from hotloop_core import ModelFacts, discover, facts_of
 from hotloop_core.errors import BudgetError, PlanError
@@ -66,6 +67,7 @@ def config(tmp_path):
 
 
 def run(*arguments):
+    console.cache_clear()  # its width is that of the first use
     done = CliRunner().invoke(app, ["plan", *arguments], env={"COLUMNS": "160"})
     assert done.exit_code == 0, done.output
     return done.output
