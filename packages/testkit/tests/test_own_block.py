@@ -8,8 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hotloop import wiring
-from hotloop_core import CustomBlock, LayerPlan, Placement, Plan, Plugin, Registry, discover
+from hotloop import plan, wiring
+from hotloop_core import (
+    CustomBlock,
+    LayerPlan,
+    Placement,
+    Plan,
+    Plugin,
+    Registry,
+    discover,
+    facts_of,
+)
 from hotloop_core.errors import PluginError, WireError
 from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL
 from hotloop_testkit.numerics import assert_no_worse_than
@@ -202,3 +211,16 @@ def test_a_target_that_is_not_there_is_named():
     wiring.wire(model, registry=described(target="stranger_blocks:Missing")[1])
     with pytest.raises(PluginError, match="stranger_blocks:Missing"):
         gradients(model, batch("dense", 320))
+
+
+def test_a_plan_counts_what_the_block_keeps():
+    family, _ = described()
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
+    facts = facts_of(family, LlamaConfig(**sizes, **heads).to_dict())
+    options = {"tokens": 16384, "longest": 2048, "lora": 16, "card": "H100", "host": "100GiB"}
+    wide, narrow = (plan(facts, vram=vram, **options) for vram in ("76GiB", "12GiB"))
+    assert wide.layers[0].placement("own_attention") is Placement.KEEP
+    assert any(layer.placement("own_attention") is not Placement.KEEP for layer in narrow.layers)
+    assert narrow.peak_bytes <= 12 * 2**30 < wide.peak_bytes
+    assert sum(narrow.step_ms.values()) > sum(wide.step_ms.values())

@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from hotloop_core import Attention, Glu, ModelFacts, discover, facts_of
+from hotloop_core import Attention, CustomBlock, Glu, ModelFacts, discover, facts_of
 from hotloop_core.errors import ConfigError, UnsupportedError
 
 from .job import OPTIMIZER_BYTES, Job
@@ -75,12 +75,12 @@ def read(source: Any, family: str | None, optimizer: str) -> tuple[ModelFacts, M
         )
     spec = discover().match(source, family=family)
     layer = spec.layer_spec(source, 0)
-    if not (isinstance(layer.attention, Attention) and isinstance(layer.mlp, Glu)):
-        raise UnsupportedError(
-            f"family {spec.name!r}: the planner counts dense layers (Attention and Glu); this one "
-            f"has {type(layer.attention).__name__} and {type(layer.mlp).__name__}. Wire it without "
-            "a plan."
-        )
+    for part in (layer.attention, layer.mlp):
+        if not isinstance(part, Attention | Glu | CustomBlock):
+            raise UnsupportedError(
+                f"family {spec.name!r}: the planner counts Attention, Glu and a family's own block; "
+                f"this one has {type(part).__name__}. Wire it without a plan."
+            )
     facts = facts_of(spec, source)
     return facts, None if model is None else _measure(model, optimizer, layer.projections)
 
