@@ -19,7 +19,7 @@ from hotloop_core import (
     discover,
     facts_of,
 )
-from hotloop_core.errors import PluginError, WireError
+from hotloop_core.errors import PlanError, PluginError, WireError
 from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL
 from hotloop_testkit.numerics import assert_no_worse_than
 from hotloop_testkit.tiny import batch, build, gradients, quantise_, with_lora
@@ -182,6 +182,14 @@ def test_where_its_tensors_wait_changes_no_bit(base):
         receipt.replan(plan_of(model, layer))
         found = gradients(model, inputs)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_keys_and_values_in_nf4_are_not_promised_for_a_block_that_keeps_its_own():
+    family, registry = described()
+    model = build_described(family, "fp32")
+    wiring.wire(model, plan_of(model, LayerPlan(nf4_kv=True)), registry=registry)
+    with pytest.raises(PlanError, match="Plan without nf4_kv"):
+        gradients(model, batch("dense", 320))
 
 
 def build_described(family, base):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hotloop_core import Attention, CustomBlock, Glu
+from hotloop_core.errors import PlanError
 from hotloop_engine.blocks import (
     Attend,
     AttentionBlock,
@@ -112,6 +113,12 @@ class Builder:
         )
 
     def _own(self, block: CustomBlock, part: str, input_name: str) -> OwnBlock:
+        layer = self._state.shared.plan.layers[self._state.index]
+        if part == "attention" and layer.nf4_kv:
+            raise PlanError(
+                f"{self._state.path}: the plan keeps keys and values in NF4, which {block.target} decides by itself. "
+                "Plan without nf4_kv."
+            )
         cos, sin = self._tables()
         call = Call(
             context=self._context,
