@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import CheckpointError, ConfigError
 
-from .intact import require_index
+from .intact import require_index, require_whole
 from .source import refuse_pickles
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ def weight_files(directory: Path) -> list[Path]:
         CheckpointError: a shard is missing, or truncated.
 
     """
-    from safetensors import SafetensorError, safe_open
-
     refuse_pickles(directory)
     require_index(directory)
     index = directory / "model.safetensors.index.json"
@@ -44,13 +42,7 @@ def weight_files(directory: Path) -> list[Path]:
             "download it again"
         )
     for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file} is truncated or no safetensors file ({error}); copy or download it again"
-            ) from error
+        require_whole(file, "download")
     return files
 
 

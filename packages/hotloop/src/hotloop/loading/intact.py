@@ -92,8 +92,6 @@ def require_adapter(folder: Path) -> None:
         SecurityError: they are pickled. CheckpointError: they are missing or truncated. ConfigError: no config.
 
     """
-    from safetensors import SafetensorError, safe_open
-
     from hotloop.loading.source import PICKLED
 
     read_object(folder / _CONFIG)
@@ -106,12 +104,19 @@ def require_adapter(folder: Path) -> None:
                 f"so they are refused. Expected {_WEIGHTS}; save the adapter again where you trust it."
             )
         raise CheckpointError(f"{folder} has no {_WEIGHTS}; save or copy the adapter again")
+    require_whole(file, "save")
+
+
+def require_whole(file: Path, again: str) -> None:
+    """Raises CheckpointError where a safetensors file is cut short or none; `again` is what to do: "save", "download"."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(file, framework="pt"):
             pass
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is truncated or no safetensors file ({error}); copy or save it again"
+            f"{file} is truncated or no safetensors file ({error}); copy or {again} it again"
         ) from error
 
 
