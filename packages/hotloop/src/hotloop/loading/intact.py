@@ -108,7 +108,7 @@ def require_adapter(folder: Path) -> None:
 
 
 def require_whole(file: Path, again: str) -> None:
-    """Raises CheckpointError where a safetensors file is cut short or none; `again` is what to do: "save", "download"."""
+    """Raises CheckpointError where a safetensors file is cut short, or none. again: "save" or "download" it."""
     from safetensors import SafetensorError, safe_open
 
     try:
