@@ -1,23 +1,28 @@
 """Training steps of Hotloop and its peers on several models' shapes, one process after another, as rows of the history.
 
     python benchmarks/contest.py YARDSTICK --run h100-7 --models mistral-7b,gemma-2-9b --out rows.jsonl
-    python benchmarks/contest.py YARDSTICK --run h100-7 --models llama3-8b --bits 16 --frameworks hotloop,unsloth
+    python benchmarks/contest.py YARDSTICK --run h100-7 --bits 16 --starts hotloop:keep,unsloth:keep --out rows.jsonl
+    python benchmarks/contest.py YARDSTICK --run h100-7 --starts hotloop:recompute:3.4 --out rows.jsonl
 
 YARDSTICK is the script that measures one framework on one checkpoint (`step.py make | run`); it treats all alike. This
-one makes each checkpoint (random weights, real shape), runs the frameworks on it in turn, first without recomputation
-and then with, adds to each of their lines what makes it comparable, and removes the checkpoint. A framework that fails
-leaves a row with the end of its error. What does not start before `--seconds` are over is left out and named at the
-end.
+one makes each checkpoint (random weights, real shape), runs on it what `--starts` names, one after another, adds to
+each of their lines what makes it comparable, and removes the checkpoint. A framework that fails leaves a row with the
+end of its error. What does not start before `--seconds` are over is left out and named at the end.
+
+A card costs by the minute, so what needs none is done ahead: while one process measures, the next imports its packages
+and waits, and the next checkpoint is made on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -63,6 +68,23 @@ step["MODELS"].update(json.loads(sys.argv[4]))
 step["make"](sys.argv[2], sys.argv[3])
 """
 
+WAIT = """
+import importlib, runpy, sys
+for name in sys.argv.pop(1).split(","):
+    importlib.import_module(name)
+sys.stdin.readline()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Runs the yardstick once a line arrives, with what it will import already there."""
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}  # read at import
+
+IMPORTS = {
+    "unsloth": "unsloth",  # before transformers, as it asks
+    "liger": "liger_kernel.transformers,peft,bitsandbytes",
+}
+
 VERSIONS = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth")
 
 
@@ -70,33 +92,45 @@ VERSIONS = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-ke
 class Start:
     """One process of the yardstick."""
 
-    model: str
     framework: str
     checkpointing: bool
+    vram: str | None
+
+    @classmethod
+    def read(cls, text: str) -> Start:
+        """FRAMEWORK:keep or FRAMEWORK:recompute, with :GIB the process is capped."""
+        framework, _, rest = text.partition(":")
+        mode, _, vram = rest.partition(":")
+        if mode not in ("keep", "recompute"):
+            raise argparse.ArgumentTypeError(
+                f"found {text!r}, expected FRAMEWORK:keep or FRAMEWORK:recompute, "
+                "with a third part for GiB that the process may take."
+            )
+        return cls(framework, mode == "recompute", vram or None)
 
 
-def starts(options: argparse.Namespace) -> Iterator[Start]:
-    """Model by model; Hotloop and what it is compared with close together in time."""
-    for model in options.models.split(","):
-        for mode in options.modes.split(","):
-            for framework in options.frameworks.split(","):
-                yield Start(model, framework, mode == "recompute")
-
-
-def measured(start: Start, folder: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The lines of one process, or one that says how it failed."""
-    command = [sys.executable, options.yardstick, "run", start.framework, str(folder)]
-    command += ["--settings", options.settings, "--bits", str(options.bits)]
+def begin(start: Start, folder: Path, options: argparse.Namespace) -> subprocess.Popen[str]:
+    """The process, importing; it measures when a line is written to it."""
+    imports = IMPORTS.get(start.framework, "peft,bitsandbytes")
+    command = [sys.executable, "-c", WAIT, imports, options.yardstick, "run", start.framework]
+    command += [str(folder), "--settings", options.settings, "--bits", str(options.bits)]
     command += ["--steps", str(options.steps)]
     command += [] if start.checkpointing else ["--no-ckpt"]
-    command += [] if options.vram is None else ["--vram", str(options.vram)]
+    command += [] if start.vram is None else ["--vram", start.vram]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, env={**os.environ, **OFFLINE}, **pipes)
+
+
+def measured(
+    start: Start, process: subprocess.Popen[str], options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The lines of one process, or one that says how it failed."""
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=options.each, check=False
-        )
-        out, failed = done.stdout, done.stderr if done.returncode else ""
-    except subprocess.TimeoutExpired as late:
-        out = late.stdout.decode() if isinstance(late.stdout, bytes) else late.stdout or ""
+        out, errors = process.communicate("go\n", timeout=options.each)
+        failed = errors if process.returncode else ""
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, _ = process.communicate()
         failed = f"not done in {options.each} s"
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
     setup = next((line for line in lines if "load_s" in line), {})
@@ -105,6 +139,15 @@ def measured(start: Start, folder: Path, options: argparse.Namespace) -> Iterato
             yield line | {k: setup[k] for k in ("load_s", "after_load_gib") if k in setup}
     if failed:
         yield {"framework": start.framework, "bits": options.bits, "error": failed[-400:]}
+
+
+def make(
+    model: str, folder: Path, options: argparse.Namespace, *, on_cpu: bool
+) -> subprocess.Popen[bytes]:
+    """A process that writes the model's checkpoint."""
+    command = [sys.executable, "-c", MAKE, options.yardstick, model, str(folder / model)]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
+    return subprocess.Popen([*command, json.dumps(SHAPES)], env={**os.environ, **hidden})
 
 
 def versions() -> dict[str, str]:
@@ -139,29 +182,38 @@ def contest(options: argparse.Namespace) -> int:
         "card": card(),
         "versions": versions(),
     }
-    missing, made = [], None
-    with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        for start in starts(options):
-            if monotonic() > ends:
-                missing.append(start)
+    missing: list[str] = []
+    models = options.models.split(",")
+    with tempfile.TemporaryDirectory(dir=options.folder) as scratch, ExitStack() as running:
+        folder = Path(scratch)
+        turns = [(model, start) for model in models for start in options.starts]
+        makers = {models[0]: running.enter_context(make(models[0], folder, options, on_cpu=False))}
+        ready: dict[int, subprocess.Popen[str]] = {}
+        for number, (model, start) in enumerate(turns):
+            for n in range(number, min(number + 2, len(turns))):
+                if n not in ready and monotonic() < ends:
+                    process = begin(turns[n][1], folder / turns[n][0], options)
+                    running.callback(process.kill)
+                    ready[n] = process
+            if number % len(options.starts) == 0:
+                if makers[model].wait():
+                    raise subprocess.CalledProcessError(makers[model].returncode, "make")
+                for following in models[models.index(model) + 1 :][:1]:
+                    maker = make(following, folder, options, on_cpu=True)
+                    makers[following] = running.enter_context(maker)
+            if number not in ready or monotonic() > ends:
+                missing.append(f"{model}, {start}: no time left")
                 continue
-            folder = Path(scratch) / start.model
-            if made != start.model:
-                if made is not None:
-                    shutil.rmtree(Path(scratch) / made)
-                subprocess.run(
-                    [sys.executable, "-c", MAKE, options.yardstick, start.model, str(folder), json.dumps(SHAPES)],
-                    check=True,
-                )  # fmt: skip
-                made = start.model
-            for line in measured(start, folder, options):
-                row = {**about, "model": start.model, **line}
+            for line in measured(start, ready.pop(number), options):
+                row = {**about, "model": model, **line}
                 with Path(options.out).open("a", encoding="utf-8") as rows:
                     rows.write(json.dumps(row) + "\n")
                 print(json.dumps(line), flush=True)
-                missing += [start] * ("error" in line)
-    for start in missing:
-        print(f"left out or failed: {start}", file=sys.stderr)
+                missing += [f"{model}, {start}: failed"] * ("error" in line)
+            if (number + 1) % len(options.starts) == 0:
+                shutil.rmtree(folder / model)
+    for line in missing:
+        print(line, file=sys.stderr)
     return len(missing)
 
 
@@ -172,11 +224,12 @@ def main() -> None:
     parser.add_argument("--run", required=True, help="a name for this run, in each row")
     parser.add_argument("--commit", required=True, help="of the code that is measured")
     parser.add_argument("--models", default="llama3-8b")
-    parser.add_argument("--frameworks", default="hotloop,unsloth,liger,hf")
-    parser.add_argument("--modes", default="keep,recompute")
+    parser.add_argument(
+        "--starts", type=lambda text: [Start.read(part) for part in text.split(",")],
+        default="hotloop:keep,unsloth:keep,hotloop:recompute,unsloth:recompute,liger:recompute,hf:recompute",
+    )  # fmt: skip
     parser.add_argument("--settings", default="2x2048,8x2048")
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--vram", type=float, help="GiB that each process may take")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--each", type=float, default=180, help="seconds for one process")
     parser.add_argument("--seconds", type=float, default=540, help="after which nothing starts")

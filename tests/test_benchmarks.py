@@ -95,9 +95,10 @@ def test_a_contest_leaves_complete_rows_and_says_who_failed(
 ) -> None:
     contest = module("contest", monkeypatch)
     (tmp_path / "step.py").write_text(YARDSTICK)
+    monkeypatch.setattr(contest, "IMPORTS", dict.fromkeys(("hotloop", "broken"), "json"))
     out = tmp_path / "rows.jsonl"
-    arguments = ["--run", "r", "--commit", "c", "--models", "small,qwen3-8b", "--modes", "keep"]
-    arguments += ["--frameworks", "hotloop,broken", "--out", str(out)]
+    arguments = ["--run", "r", "--commit", "c", "--models", "small,qwen3-8b", "--out", str(out)]
+    arguments += ["--starts", "hotloop:keep,broken:recompute:3.4"]
     monkeypatch.setattr(sys, "argv", ["contest", str(tmp_path / "step.py"), *arguments])
     with pytest.raises(SystemExit) as stopped:
         contest.main()
@@ -110,6 +111,10 @@ def test_a_contest_leaves_complete_rows_and_says_who_failed(
     assert rows[0]["ckpt"] is False and rows[0]["load_s"] == 1.0
     assert "no such kernel" in rows[1]["error"]
     assert "framework='broken'" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], "hotloop:fast"])
+    with pytest.raises(SystemExit):
+        contest.main()
+    assert "expected FRAMEWORK:keep or FRAMEWORK:recompute" in capsys.readouterr().err
 
 
 def test_the_page_of_results_is_made_of_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
