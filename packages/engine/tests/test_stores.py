@@ -252,6 +252,15 @@ def test_addresses_stay_a_layers_own_and_are_aligned():
     assert before[0][0] == before[2][0] != before[1][0] == before[3][0]
 
 
+def test_a_store_at_rest_holds_no_device_memory_and_goes_on():
+    weights = StreamedWeights("cpu", [[torch.full((5,), float(i))] for i in range(3)])
+    weights.fetch(1, next_index=2)
+    weights.rest()
+    assert weights.statistics().device_bytes == 0
+    weights.fetch(2, next_index=None)
+    assert torch.equal(weights.views(2)[0], torch.full((5,), 2.0))
+
+
 def test_a_store_first_used_in_inference_mode_goes_on_in_training():
     layers = [[torch.randn(3, 4)], [torch.randn(3, 4)], [torch.randn(3, 4)]]
     store = StreamedWeights("cpu", layers)

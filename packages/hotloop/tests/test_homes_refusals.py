@@ -98,3 +98,12 @@ def test_a_plan_that_puts_nothing_on_the_host_changes_nothing(model):
     homes.fetch(0, 1)
     homes.start_head()
     homes.undo()
+
+
+@pytest.mark.parametrize("embedding, head", [(True, False), (False, True)])
+def test_one_of_two_tied_weights_alone_is_refused_and_nothing_has_moved(model, embedding, head):
+    model.lm_head.weight = model.model.embed_tokens.weight
+    with pytest.raises(PlanError, match="share one weight"):
+        settle(model, replace(PLAN, embedding_on_host=embedding, head_on_host=head))
+    assert homes_of(model) is None
+    assert not any("_hotloop_home" in m.__dict__ for m in model.modules())

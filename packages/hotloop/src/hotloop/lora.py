@@ -69,6 +69,8 @@ def add_lora(
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    from hotloop.homes import homes_of
+
     if isinstance(model, PeftModel):
         raise ConfigError(
             "the model has adapters already; add another with model.add_adapter, or start from the "
@@ -105,6 +107,9 @@ def add_lora(
         receipt = receipt_of(adapted)
         if receipt is not None:
             receipt.replan(planned)
+    homes = homes_of(model)
+    if homes is not None:
+        homes.rest()  # PEFT looked at every weight
     return adapted
 
 

@@ -119,6 +119,8 @@ def _pages(nbytes: int, device: torch.device) -> _Pages:
         # After a fork, writing a page would move it from under the device's copies.
         pages.madvise(mmap.MADV_DONTFORK)
         pages.address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
+        # By every core; the registration would have the system clear page after page on one.
+        torch.frombuffer(pages, dtype=torch.uint8).zero_()
         if code := runtime().cudaHostRegister(pages.address, len(pages), _PORTABLE):
             raise BudgetError(
                 f"{amount(nbytes)} of host memory could not be page-locked: {error_text(code)}. {amount(available)} "

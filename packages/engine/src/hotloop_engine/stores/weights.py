@@ -61,7 +61,7 @@ class _Slot:
 class StreamedWeights(Store):
     """A WeightStore: each layer in one page-locked buffer, and `slots` buffers on the device that they take turns in.
 
-    Layer i always goes to slot i % slots, so the addresses of its tensors never change. The tensors must not be written
+    Layer i always goes to slot i % slots, so the addresses of its tensors stay the same until `rest`. The tensors must not be written
     to. fetch is called from one stream at a time, and work on a layer is queued before the fetch of another.
 
     device: cuda, or cpu for tests.
@@ -154,6 +154,15 @@ class StreamedWeights(Store):
             other = self._slots[next_index % self._count]
             if other is not slot and other.layer != next_index:
                 self._load(next_index, current)
+
+    def rest(self) -> None:
+        """Gives the slots' memory back until the next use; what `views` gave until now holds nothing from then on."""
+        if self._slots:
+            current = self._open().current()
+            for slot in self._slots:
+                if slot.arrived is not None:
+                    self._wait(current, slot.arrived)
+            self._slots, self._views = [], []
 
     def statistics(self) -> WeightStatistics:
         """What there is and was done so far. With timing, waits for what is under way."""

@@ -92,6 +92,18 @@ class Homes:
         """The tensors of a streamed layer on the device; they hold its values after its fetch."""
         return self._stream().views(self._index[layer])
 
+    def rest(self) -> None:
+        """Gives back the device memory that layers pass through, until the next pass takes it again.
+
+        Whoever only looks at a weight, as PEFT does for its device, has made that memory before it is of use.
+        """
+        if self._store is not None:
+            self._store.rest()
+            for housing in self._housings:
+                home = housing.module.__dict__[HOME]
+                if isinstance(home, StreamedHome):
+                    home.forget()
+
     def start_head(self) -> None:
         """The head's weight sets out, if it lives on the host; reading `lm_head.weight` then need not wait for it."""
         if self._head is not None:

@@ -39,6 +39,10 @@ class StreamedHome:
             self._view = passing(truth, tensors, self.device)
         return self._view
 
+    def forget(self) -> None:
+        """Lets go of the view; the next one is over the memory that the store has then."""
+        self._view = None
+
 
 class Streamed(StaysPut):
     """`weight` is on the device, at an address of its own, and holds its values until another layer comes there.
