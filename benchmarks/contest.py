@@ -9,8 +9,9 @@ one makes each checkpoint (random weights, real shape), runs on it what `--start
 each of their lines what makes it comparable, and removes the checkpoint. A framework that fails leaves a row with the
 end of its error. What does not start before `--seconds` are over is left out and named at the end.
 
-A card costs by the minute, so what needs none is done ahead: while one process measures, the next imports its packages
-and waits, and the next checkpoint is made on the CPU.
+A card costs by the minute: while one process measures, the next imports its packages and waits, and while the last
+of a model's processes runs, the next checkpoint is made, for which the card works some seconds. Let the last one be
+something that may be disturbed.
 """
 
 from __future__ import annotations
@@ -141,13 +142,10 @@ def measured(
         yield {"framework": start.framework, "bits": options.bits, "error": failed[-400:]}
 
 
-def make(
-    model: str, folder: Path, options: argparse.Namespace, *, on_cpu: bool
-) -> subprocess.Popen[bytes]:
+def make(model: str, folder: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     """A process that writes the model's checkpoint."""
     command = [sys.executable, "-c", MAKE, options.yardstick, model, str(folder / model)]
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {}
-    return subprocess.Popen([*command, json.dumps(SHAPES)], env={**os.environ, **hidden})
+    return subprocess.Popen([*command, json.dumps(SHAPES)])
 
 
 def versions() -> dict[str, str]:
@@ -168,6 +166,17 @@ def card() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
+def about(run: str, commit: str) -> dict[str, Any]:
+    """What every row says of its run."""
+    return {
+        "run": run,
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit,
+        "card": card(),
+        "versions": versions(),
+    }
+
+
 def contest(options: argparse.Namespace) -> int:
     """Runs everything; returns how many processes were left out or failed."""
     ends = monotonic() + options.seconds
@@ -175,19 +184,13 @@ def contest(options: argparse.Namespace) -> int:
     unknown = set(options.models.split(",")) - known.keys()
     if unknown:
         sys.exit(f"no shape is called {', '.join(sorted(unknown))}; known: {', '.join(known)}")
-    about = {
-        "run": options.run,
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": options.commit,
-        "card": card(),
-        "versions": versions(),
-    }
+    common = about(options.run, options.commit)
     missing: list[str] = []
     models = options.models.split(",")
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch, ExitStack() as running:
         folder = Path(scratch)
         turns = [(model, start) for model in models for start in options.starts]
-        makers = {models[0]: running.enter_context(make(models[0], folder, options, on_cpu=False))}
+        makers = {models[0]: running.enter_context(make(models[0], folder, options))}
         ready: dict[int, subprocess.Popen[str]] = {}
         for number, (model, start) in enumerate(turns):
             for n in range(number, min(number + 2, len(turns))):
@@ -195,17 +198,17 @@ def contest(options: argparse.Namespace) -> int:
                     process = begin(turns[n][1], folder / turns[n][0], options)
                     running.callback(process.kill)
                     ready[n] = process
-            if number % len(options.starts) == 0:
-                if makers[model].wait():
-                    raise subprocess.CalledProcessError(makers[model].returncode, "make")
+            if number % len(options.starts) == 0 and makers[model].wait():
+                raise subprocess.CalledProcessError(makers[model].returncode, "make")
+            if (number + 1) % len(options.starts) == 0:
                 for following in models[models.index(model) + 1 :][:1]:
-                    maker = make(following, folder, options, on_cpu=True)
+                    maker = make(following, folder, options)
                     makers[following] = running.enter_context(maker)
             if number not in ready or monotonic() > ends:
                 missing.append(f"{model}, {start}: no time left")
                 continue
             for line in measured(start, ready.pop(number), options):
-                row = {**about, "model": model, **line}
+                row = {**common, "model": model, **line}
                 with Path(options.out).open("a", encoding="utf-8") as rows:
                     rows.write(json.dumps(row) + "\n")
                 print(json.dumps(line), flush=True)

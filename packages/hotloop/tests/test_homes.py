@@ -14,7 +14,7 @@ from hotloop.loading import load, load_report
 from hotloop.lora import add_lora
 from hotloop.wiring import wire
 from hotloop_core import LayerPlan, Plan
-from hotloop_core.errors import PlanError, UnsupportedError
+from hotloop_core.errors import UnsupportedError
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,

@@ -61,8 +61,9 @@ class _Slot:
 class StreamedWeights(Store):
     """A WeightStore: each layer in one page-locked buffer, and `slots` buffers on the device that they take turns in.
 
-    Layer i always goes to slot i % slots, so the addresses of its tensors stay the same until `rest`. The tensors must not be written
-    to. fetch is called from one stream at a time, and work on a layer is queued before the fetch of another.
+    Layer i always goes to slot i % slots, so the addresses of its tensors stay the same until `rest`. The tensors must
+    not be written to. fetch is called from one stream at a time, and work on a layer is queued before the fetch of
+    another.
 
     device: cuda, or cpu for tests.
     layers: the tensors of each layer, of any dtype, on any device; taken one at a time, so that the host holds no more
