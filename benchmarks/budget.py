@@ -1,8 +1,8 @@
 """Training steps within memory budgets, measured beside what was planned: one row of the history for each setting.
 
-    python benchmarks/budget.py Llama-3-70B 2x2048@23 2x2048@78 1x2048@least --run h100-8 --commit SHA --out rows.jsonl
-    python benchmarks/budget.py Mistral-7B 1x57344@23 1x131072@23 --steps 2 --folder DIR ...
-    python benchmarks/budget.py Llama-3-8B 1x700000@78 --layers 4 --steps 2 ...
+    python benchmarks/budget.py llama3-70b 2x2048@23 2x2048@78 1x2048@least --run h100-8 --commit SHA --out rows.jsonl
+    python benchmarks/budget.py mistral-7b 1x57344@23 1x131072@23 --steps 2 --folder DIR ...
+    python benchmarks/budget.py llama3-8b 1x700000@78 --layers 4 --steps 2 ...
 
 A setting is BATCHxSEQUENCE@GIB, or @least for the least that the planner finds. The process may take that much of the
 card and no more, as on a smaller one. The model is of a shape in shapes.json, NF4 with random weights, LoRA of rank 16
@@ -13,7 +13,6 @@ kernels and locks host memory; `first_s` is the first. While one process measure
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import subprocess
 import sys
@@ -25,11 +24,8 @@ from typing import Any
 
 import torch
 from contest import about
-from nf4_checkpoint import SHAPES, write
-
-GIB = 2**30
-NAMES = {"Llama-3-8B": "llama3-8b", "Llama-3-70B": "llama3-70b", "Mistral-7B": "mistral-7b"}
-"""What the yardstick calls these shapes."""
+from nf4_checkpoint import write
+from step import GIB, SHAPES, Training, cap, fresh_peak, peaks
 
 
 def read(setting: str) -> tuple[int, int, float | None]:
@@ -56,15 +52,13 @@ def least(folder: str, tokens: int, length: int) -> float:
 
 def child(folder: str, setting: str, steps: int) -> None:
     """Waits for a line, then measures; prints one JSON line."""
-    import bitsandbytes as bnb
     from hotloop import FastLanguageModel
     from hotloop.wiring import receipt_of
 
     sys.stdin.readline()
     batch, length, vram = read(setting)
     vram = least(folder, batch * length, length) if vram is None else vram
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, vram * GIB / total))
+    cap(vram)
     began = time.perf_counter()
     model, _ = FastLanguageModel.from_pretrained(
         folder, max_seq_length=length, vram=f"{vram}GiB", local_files_only=True
@@ -72,26 +66,11 @@ def child(folder: str, setting: str, steps: int) -> None:
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16, random_state=1).train()
     row: dict[str, Any] = {"vram": vram, "load_s": round(time.perf_counter() - began, 1)}
     row["after_load_gib"] = round(torch.cuda.memory_allocated() / GIB, 2)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = bnb.optim.AdamW8bit(parameters, lr=2e-4)
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+    training = Training(model)
+    fresh_peak()
     draw = torch.Generator("cuda").manual_seed(7)
     ids = torch.randint(3, 30000, (batch, length), device="cuda", generator=draw)
-    seconds, losses, norms = [], [], []
-    for _ in range(steps):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        norms.append(torch.nn.utils.get_total_norm([p.grad for p in parameters]).item())
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-        losses.append(loss.item())
+    seconds, losses, norms = zip(*(training.step(ids) for _ in range(steps)), strict=True)
     receipt = receipt_of(model)
     assert receipt is not None and receipt.plan is not None
     plan = receipt.plan
@@ -103,8 +82,7 @@ def child(folder: str, setting: str, steps: int) -> None:
         "planned_s": round(sum(plan.step_ms.values()) / 1e3, 4),
         "loss": [round(x, 4) for x in losses],
         "grad_norm": [round(x, 4) for x in norms],
-        "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
-        "reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
+        **peaks(),
         "planned_gib": round(plan.peak_bytes / GIB, 2),
         "host_gib": round(plan.host_bytes / GIB, 2),
     }
@@ -123,7 +101,7 @@ def start(folder: Path, setting: str, steps: int) -> subprocess.Popen[str]:
 def main() -> None:
     """Measures each setting in turn."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("shape", choices=json.loads(SHAPES.read_text()))
+    parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("settings", nargs="+", help="BATCHxSEQUENCE@GIB or @least")
     parser.add_argument("--layers", type=int, help="of the shape, instead of all")
     parser.add_argument("--steps", type=int, default=4)
@@ -133,8 +111,7 @@ def main() -> None:
     parser.add_argument("--commit", required=True, help="of the code that is measured")
     parser.add_argument("--out", required=True, help="the file to which rows are appended")
     options = parser.parse_args()
-    shape = json.loads(SHAPES.read_text())[options.shape]
-    name = NAMES.get(options.shape, options.shape)
+    name, shape = options.shape, dict(SHAPES[options.shape])
     if options.layers:
         shape["num_hidden_layers"] = options.layers
         name += f"-{options.layers}layers"

@@ -1,13 +1,14 @@
 """Training steps of Hotloop and its peers on several models' shapes, one process after another, as rows of the history.
 
-    python benchmarks/contest.py YARDSTICK --run h100-7 --models mistral-7b,gemma-2-9b --out rows.jsonl
-    python benchmarks/contest.py YARDSTICK --run h100-7 --bits 16 --starts hotloop:keep,unsloth:keep --out rows.jsonl
-    python benchmarks/contest.py YARDSTICK --run h100-7 --starts hotloop:recompute:3.4 --out rows.jsonl
+    python benchmarks/contest.py --run h100-7 --commit SHA --models mistral-7b,gemma-2-9b --out rows.jsonl
+    python benchmarks/contest.py --run h100-7 --commit SHA --bits 16 --starts hotloop:keep,unsloth:keep --out rows.jsonl
+    python benchmarks/contest.py --run h100-7 --commit SHA --starts hotloop:recompute:3.4 --out rows.jsonl
 
-YARDSTICK is the script that measures one framework on one checkpoint (`step.py make | run`); it treats all alike. This
-one makes each checkpoint (random weights, real shape), runs on it what `--starts` names, one after another, adds to
-each of their lines what makes it comparable, and removes the checkpoint. A framework that fails leaves a row with the
-end of its error. What does not start before `--seconds` are over is left out and named at the end.
+`step.py`, or another script with its two commands that `--yardstick` names, measures one framework on one checkpoint
+and treats all alike. This one makes each checkpoint (random weights, real shape), runs on it what `--starts` names, one
+after another, adds to each of their lines what makes it comparable, and removes the checkpoint. A framework that fails
+leaves a row with the end of its error. What does not start before `--seconds` are over is left out and named at the
+end.
 
 A card costs by the minute: while one process measures, the next imports its packages and waits, and while the last
 of a model's processes runs, the next checkpoint is made, for which the card works some seconds. Let the last one be
@@ -32,35 +33,10 @@ from runpy import run_path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+import step
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-GEMMA = {"head_dim": 256, "vocab_size": 256000, "max_position_embeddings": 8192}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma-7b": (
-        "gemma",
-        {**GEMMA, "hidden_size": 3072, "intermediate_size": 24576, "num_hidden_layers": 28}
-        | {"num_attention_heads": 16, "num_key_value_heads": 16},
-    ),
-    "gemma-2-9b": (
-        "gemma2",
-        {**GEMMA, "hidden_size": 3584, "intermediate_size": 14336, "num_hidden_layers": 42}
-        | {"num_attention_heads": 16, "num_key_value_heads": 8, "query_pre_attn_scalar": 256},
-    ),
-    "qwen2.5-7b": (
-        "qwen2",
-        {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
-        | {"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}
-        | {"max_position_embeddings": 32768, "rope_theta": 1e6},
-    ),
-    "qwen3-8b": (
-        "qwen3",
-        {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
-        | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
-        | {"vocab_size": 151936, "max_position_embeddings": 40960, "rope_theta": 1e6},
-    ),
-}
-"""Shapes beside the yardstick's own, as their config.json has them."""
 
 MAKE = """
 import runpy, sys, json
@@ -78,8 +54,6 @@ sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """Runs the yardstick once a line arrives, with what it will import already there."""
-
-OFFLINE = {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}  # read at import
 
 IMPORTS = {
     "unsloth": "unsloth",  # before transformers, as it asks
@@ -119,7 +93,7 @@ def begin(start: Start, folder: Path, options: argparse.Namespace) -> subprocess
     command += [] if start.checkpointing else ["--no-ckpt"]
     command += [] if start.vram is None else ["--vram", start.vram]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, env={**os.environ, **OFFLINE}, **pipes)
+    return subprocess.Popen(command, text=True, env={**os.environ, **step.OFFLINE}, **pipes)
 
 
 def measured(
@@ -145,7 +119,7 @@ def measured(
 def make(model: str, folder: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     """A process that writes the model's checkpoint."""
     command = [sys.executable, "-c", MAKE, options.yardstick, model, str(folder / model)]
-    return subprocess.Popen([*command, json.dumps(SHAPES)])
+    return subprocess.Popen([*command, json.dumps(step.MODELS)])
 
 
 def versions() -> dict[str, str]:
@@ -180,7 +154,7 @@ def about(run: str, commit: str) -> dict[str, Any]:
 def contest(options: argparse.Namespace) -> int:
     """Runs everything; returns how many processes were left out or failed."""
     ends = monotonic() + options.seconds
-    known = {**run_path(options.yardstick, run_name="step")["MODELS"], **SHAPES}
+    known = {**run_path(options.yardstick, run_name="step")["MODELS"], **step.MODELS}
     unknown = set(options.models.split(",")) - known.keys()
     if unknown:
         sys.exit(f"no shape is called {', '.join(sorted(unknown))}; known: {', '.join(known)}")
@@ -223,7 +197,7 @@ def contest(options: argparse.Namespace) -> int:
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("yardstick", help="the script that measures one framework")
+    parser.add_argument("--yardstick", default=step.__file__, help="what measures one framework")
     parser.add_argument("--run", required=True, help="a name for this run, in each row")
     parser.add_argument("--commit", required=True, help="of the code that is measured")
     parser.add_argument("--models", default="llama3-8b")

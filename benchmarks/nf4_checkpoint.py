@@ -1,6 +1,6 @@
 """Writes a checkpoint of a real shape with random weights that are NF4 already, as bitsandbytes stores them.
 
-    python benchmarks/nf4_checkpoint.py Llama-3-70B FOLDER
+    python benchmarks/nf4_checkpoint.py llama3-70b FOLDER
 
 A 70B in 16 bit takes 141 GB and has to be quantised; this one takes 40 GB, made as fast as the disk writes. Every
 layer has the same random bytes, and rows of the embedding repeat: nothing that is timed depends on that.
@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
+from step import SHAPES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SHAPES = Path(__file__).parent / "shapes.json"
 BLOCK, NESTED_BLOCK = 64, 256
 REPEATED = 4096  # random rows of the embedding and the head
 OFFSET, SPREAD = 0.03, 0.005  # of the blocks' absmax: weights with a standard deviation near 0.02
@@ -111,4 +111,4 @@ def write(shape: dict[str, Any], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(json.loads(SHAPES.read_text())[sys.argv[1]], Path(sys.argv[2]))
+    write(SHAPES[sys.argv[1]], Path(sys.argv[2]))

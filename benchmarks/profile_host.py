@@ -1,6 +1,6 @@
 """Where a training step's host time goes: launching, not computing. Small batches are bound by it.
 
-    python benchmarks/profile_host.py MODEL [--batch 2] [--seq 2048]
+    python benchmarks/profile_host.py FOLDER [--batch 2] [--seq 2048]
 
 Prints the milliseconds that forward and backward take to queue, then each function's own time, for both.
 """
@@ -14,25 +14,18 @@ import pstats
 import time
 
 import torch
+from step import Wanted
 
 
 def main() -> None:
     """Loads, warms up, times the queueing, profiles one forward and one backward."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
+    parser.add_argument("folder", help="a checkpoint, such as step.py makes")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--rows", type=int, default=45)
     a = parser.parse_args()
-    from hotloop import FastLanguageModel
-
-    model, _ = FastLanguageModel.from_pretrained(
-        a.model, max_seq_length=a.seq, dtype=torch.bfloat16, load_in_4bit=True
-    )
-    model = FastLanguageModel.get_peft_model(
-        model, r=16, lora_alpha=16, use_gradient_checkpointing=False, random_state=1
-    )
-    model.train()
+    model = Wanted("hotloop", a.folder, checkpointing=False, longest=a.seq).load()
     ids = torch.randint(3, 1000, (a.batch, a.seq), device="cuda")
 
     def forward() -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Where a training step's time goes: kernels by name and by kind, beside the step's wall time.
 
-    python benchmarks/profile_step.py MODEL [--batch 8] [--seq 2048] [--bits 4] [--no-ckpt] [--rows 40]
+    python benchmarks/profile_step.py FOLDER [--batch 8] [--seq 2048] [--bits 4] [--no-ckpt] [--rows 40]
+    python benchmarks/profile_step.py FOLDER --framework unsloth
 
 Prints one JSON line for the step and one for each kind of kernel, then a table of the kernels.
 """
@@ -12,6 +13,7 @@ import json
 from collections import defaultdict
 
 import torch
+from step import Wanted
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {  # the first match counts
@@ -39,22 +41,16 @@ def kind_of(name: str) -> str:
 def main() -> None:
     """Loads, warms up, profiles two steps."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
+    parser.add_argument("folder", help="a checkpoint, such as step.py makes")
+    parser.add_argument("--framework", default="hotloop")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--no-ckpt", dest="ckpt", action="store_false")
     parser.add_argument("--rows", type=int, default=40)
     a = parser.parse_args()
-    from hotloop import FastLanguageModel
-
-    model, _ = FastLanguageModel.from_pretrained(
-        a.model, max_seq_length=a.seq, dtype=torch.bfloat16, load_in_4bit=a.bits == 4
-    )
-    model = FastLanguageModel.get_peft_model(
-        model, r=16, lora_alpha=16, use_gradient_checkpointing=a.ckpt, random_state=1
-    )
-    model.train()
+    wanted = Wanted(a.framework, a.folder, bits=a.bits, checkpointing=a.ckpt, longest=a.seq)
+    model = wanted.load()
     ids = torch.randint(3, 1000, (a.batch, a.seq), device="cuda")
 
     def step() -> None:

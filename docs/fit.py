@@ -25,15 +25,12 @@ GIB = 2**30
 HOST = "100GiB"
 COMMON: dict[str, Any] = {"card": "H100", "lora": 16, "host": HOST}
 
-NAMES = {"Llama-3-8B": "llama3-8b", "Llama-3-70B": "llama3-70b", "Mistral-7B": "mistral-7b"}
-"""What the yardstick calls these shapes."""
-
 PUBLISHED_GB = {
-    "Llama-3.2-3B": 3.5,
-    "Llama-3-8B": 6,
-    "Qwen2.5-14B": 8.5,
-    "Qwen2.5-32B": 26,
-    "Llama-3-70B": 41,
+    "llama3.2-3b": 3.5,
+    "llama3-8b": 6,
+    "qwen2.5-14b": 8.5,
+    "qwen2.5-32b": 26,
+    "llama3-70b": 41,
 }
 """The least that Unsloth publishes for models of these sizes, QLoRA."""
 
@@ -64,7 +61,7 @@ def least() -> str:
         measured = [
             row["peak_gib"]
             for row in rows()
-            if row.get("model") == NAMES.get(name) and row.get("batch", 0) * row["seq"] == 2048
+            if row.get("model") == name and row.get("batch", 0) * row["seq"] == 2048
         ]
         table.append(
             f"| {name} | {size / GIB:.1f} GiB | {chosen.host / GIB:.1f} GiB "
@@ -80,10 +77,10 @@ def contexts() -> str:
         "|---|---:|---:|---:|---:|---:|---|---:|",
     ]
     cases = [
-        ("Llama-3-8B", 23, None, "78,475 published for 24 GB"),
-        ("Llama-3-8B", 78, None, "342,733 published for 80 GB"),
-        ("Mistral-7B", 23, 57_344, "56K published for 24 GB"),
-        ("Mistral-7B", 23, 131_072, ""),
+        ("llama3-8b", 23, None, "78,475 published for 24 GB"),
+        ("llama3-8b", 78, None, "342,733 published for 80 GB"),
+        ("mistral-7b", 23, 57_344, "56K published for 24 GB"),
+        ("mistral-7b", 23, 131_072, ""),
     ]
     for name, gib, tokens, others in cases:
         request = Request(tokens=tokens or 2048, vram=f"{gib}GiB", **COMMON)
@@ -103,7 +100,7 @@ def _measured_context(name: str, gib: int, tokens: int | None) -> str:
     fitting = [
         row
         for row in rows()
-        if row.get("model") == NAMES[name]
+        if row.get("model") == name
         and row.get("vram") == gib
         and row.get("batch", 1) == 1
         and row.get("seq", 0) >= (tokens or 16_384)
@@ -125,7 +122,7 @@ def budgets() -> str:
         "|---:|---:|---:|---:|---|",
     ]
     for gib in (4, 6, 8, 10, 16, 24, 40, 60):
-        made = plan(SHAPES["Llama-3-8B"], tokens=16384, longest=2048, vram=f"{gib}GiB", **COMMON)
+        made = plan(SHAPES["llama3-8b"], tokens=16384, longest=2048, vram=f"{gib}GiB", **COMMON)
         layers = "; ".join(line.strip() for line in str(made).splitlines()[1 : _layer_lines(made)])
         table.append(
             f"| {gib} GiB | {16384 / _seconds(made):,.0f} | {made.peak_bytes / GIB:.1f} GiB "
@@ -149,8 +146,8 @@ def cards() -> str:
     ]
     for card in CARDS:
         request = Request(tokens=8192, longest=2048, lora=16, card=card)
-        task = Task.of(SHAPES["Llama-3-8B"], request)
-        largest = Task.of(SHAPES["Llama-3-70B"], request).longest()
+        task = Task.of(SHAPES["llama3-8b"], request)
+        largest = Task.of(SHAPES["llama3-70b"], request).longest()
         try:
             speed = f"{8192 / _seconds(task.plan()):,.0f}"
         except BudgetError:
@@ -184,14 +181,13 @@ def predicted() -> list[tuple[str, Row, Plan]]:
     """(setting, row, plan) of the last row of each setting whose plan is known: nothing recomputed, or
     what the row's own `placements` says (null: the planner's choice within the row's `vram`).
     """
-    shapes = {short: SHAPES[name] for name, short in NAMES.items()}
     last: dict[str, tuple[Row, Plan]] = {}
     for row in rows():
         known = "placements" in row or (not row.get("ckpt", True) and not row.get("vram"))
-        if row.get("model") not in shapes or not known or "step_s" not in row:
+        if row.get("model") not in SHAPES or not known or "step_s" not in row:
             continue
         made = plan(
-            shapes[row["model"]],
+            SHAPES[row["model"]],
             tokens=row["batch"] * row["seq"],
             longest=row["seq"],
             bits=row["bits"],

@@ -74,6 +74,54 @@ def test_the_curve_is_eagers_on_a_cpu_and_can_be_drawn(
     assert "loss, frameworks" in capsys.readouterr().out
 
 
+def test_a_step_is_the_same_training_for_ours_and_for_eager(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = module("step", monkeypatch)
+    for framework, checkpointing in (
+        ("hf", "--no-ckpt"),
+        ("hf-kbit", ""),
+        ("hotloop", "--no-ckpt"),
+    ):
+        options = ["run", framework, str(tiny), "--bits", "16", *checkpointing.split()]
+        options += ["--settings", "2x16,1x8", "--warmup", "1", "--steps", "3"]
+        monkeypatch.setattr(sys, "argv", ["step", *options])
+        step.main()
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines() if "batch" in line]
+    assert [(row["framework"], row["ckpt"], row["seq"]) for row in rows] == [
+        ("hf", False, 16), ("hf", False, 8), ("hf-kbit", True, 16), ("hf-kbit", True, 8),
+        ("hotloop", False, 16), ("hotloop", False, 8),
+    ]  # fmt: skip
+    for eager, ours in zip(rows[:2], rows[4:], strict=True):
+        assert ours["loss"] == pytest.approx(eager["loss"], abs=0.05)
+        assert ours["grad_norm"][0] == pytest.approx(eager["grad_norm"][0], rel=0.05)
+    assert set(step.MODELS) >= {"llama3-8b", "mistral-7b", "gemma-2-9b", "qwen3-8b"}
+
+
+def test_a_checkpoint_that_is_nf4_from_the_start_loads_and_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from hotloop import FastLanguageModel
+
+    checkpoint, step = module("nf4_checkpoint", monkeypatch), module("step", monkeypatch)
+    small = {
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "vocab_size": 512,
+    }
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+    checkpoint.write(step.SHAPES["llama3-8b"] | small | heads, tmp_path)
+    model, _ = FastLanguageModel.from_pretrained(str(tmp_path), 32, torch.float32)
+    model = FastLanguageModel.get_peft_model(model)
+    assert [layer.mlp.up_proj.base_layer.weight.quant_state.shape for layer in model.model.model.layers] == [
+        torch.Size([192, 128])
+    ] * 3  # fmt: skip
+    _, loss, norm = step.Training(model).step(torch.arange(3, 19)[None])
+    assert 5 < loss < 9 and norm > 0
+
+
 YARDSTICK = """
 import json, pathlib, sys
 MODELS = {"small": ("llama", {})}
@@ -98,8 +146,9 @@ def test_a_contest_leaves_complete_rows_and_says_who_failed(
     monkeypatch.setattr(contest, "IMPORTS", dict.fromkeys(("hotloop", "broken"), "json"))
     out = tmp_path / "rows.jsonl"
     arguments = ["--run", "r", "--commit", "c", "--models", "small,qwen3-8b", "--out", str(out)]
+    arguments += ["--yardstick", str(tmp_path / "step.py")]
     arguments += ["--starts", "hotloop:keep,broken:recompute:3.4"]
-    monkeypatch.setattr(sys, "argv", ["contest", str(tmp_path / "step.py"), *arguments])
+    monkeypatch.setattr(sys, "argv", ["contest", *arguments])
     with pytest.raises(SystemExit) as stopped:
         contest.main()
     assert stopped.value.code == 1

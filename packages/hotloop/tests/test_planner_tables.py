@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 GIB = 2**30
 ROOT = Path(__file__).parents[3]
 fit = runpy.run_path(str(ROOT / "docs" / "fit.py"))
-LLAMA_8B = fit["SHAPES"]["Llama-3-8B"]
+LLAMA_8B = fit["SHAPES"]["llama3-8b"]
 
 
 def facts() -> ModelFacts:
@@ -146,7 +146,7 @@ def test_chosen_placements_are_not_planned_anew():
 def test_predictions_are_near_what_was_measured(case):
     # Where this fails after a faster or leaner engine was measured, fit cards.py and space.py anew.
     _, row, made = case
-    tensors = made.peak_bytes - made.memory["allocator slack"]
+    tensors = made.peak_bytes - made.memory["allocator slack"] - made.unaccumulated
     assert tensors / GIB == pytest.approx(row["peak_gib"], rel=0.05)
     assert made.peak_bytes / GIB == pytest.approx(row["reserved_gib"], rel=0.05)
     assert sum(made.step_ms.values()) / 1e3 == pytest.approx(row["step_s"], rel=0.15)
@@ -157,7 +157,7 @@ def test_the_yardstick_has_settings_to_predict():
 
 
 def test_the_tables_of_eighty_layers_take_seconds():
-    shape, before = fit["SHAPES"]["Llama-3-70B"], process_time()
+    shape, before = fit["SHAPES"]["llama3-70b"], process_time()
     outlook(shape, Request(tokens=8192, lora=16, card="H100", vram="23GiB"))
     assert process_time() - before < 5
 
@@ -179,7 +179,7 @@ def test_the_reach_of_the_memory_engine_is_planned():
     for tokens, vram in ((160_000, "23GiB"), (700_000, "78GiB")):
         assert plan(LLAMA_8B, tokens=tokens, vram=vram, **options).budget
     for tokens in (57_344, 131_072):
-        shape = fit["SHAPES"]["Mistral-7B"]
+        shape = fit["SHAPES"]["mistral-7b"]
         assert plan(shape, tokens=tokens, vram="23GiB", **options).budget
-    shape = fit["SHAPES"]["Llama-3-70B"]
+    shape = fit["SHAPES"]["llama3-70b"]
     assert plan(shape, tokens=4096, longest=2048, vram="23GiB", **options).budget
