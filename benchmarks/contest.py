@@ -93,7 +93,11 @@ def begin(start: Start, folder: Path, options: argparse.Namespace) -> subprocess
     command += [] if start.checkpointing else ["--no-ckpt"]
     command += [] if start.vram is None else ["--vram", start.vram]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, env={**os.environ, **step.OFFLINE}, **pipes)
+    environment = {**os.environ, **step.OFFLINE}
+    if options.fa4 and start.framework == "hotloop":
+        paths = [options.fa4, environment.get("PYTHONPATH")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    return subprocess.Popen(command, text=True, env=environment, **pipes)
 
 
 def measured(
@@ -118,7 +122,7 @@ def measured(
 
 def make(model: str, folder: Path, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     """A process that writes the model's checkpoint."""
-    command = [sys.executable, "-c", MAKE, options.yardstick, model, str(folder / model)]
+    command = [sys.executable, "-c", MAKE, options.yardstick, model, str(folder)]
     return subprocess.Popen([*command, json.dumps(step.MODELS)])
 
 
@@ -162,33 +166,43 @@ def contest(options: argparse.Namespace) -> int:
     missing: list[str] = []
     models = options.models.split(",")
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch, ExitStack() as running:
-        folder = Path(scratch)
+        there = {} if options.folder is None else {m: Path(options.folder) / m for m in models}
+        folders = {m: f for m, f in there.items() if f.exists()}
+        to_make = [m for m in models if m not in folders]
+        folders |= {m: Path(scratch) / m for m in to_make}
         turns = [(model, start) for model in models for start in options.starts]
-        makers = {models[0]: running.enter_context(make(models[0], folder, options))}
+        makers: dict[str, subprocess.Popen[bytes]] = {}
+
+        def make_ahead(model: str) -> None:
+            if model in to_make:
+                makers[model] = running.enter_context(make(model, folders[model], options))
+
+        make_ahead(models[0])
         ready: dict[int, subprocess.Popen[str]] = {}
         for number, (model, start) in enumerate(turns):
             for n in range(number, min(number + 2, len(turns))):
                 if n not in ready and monotonic() < ends:
-                    process = begin(turns[n][1], folder / turns[n][0], options)
+                    process = begin(turns[n][1], folders[turns[n][0]], options)
                     running.callback(process.kill)
                     ready[n] = process
-            if number % len(options.starts) == 0 and makers[model].wait():
+            if model in makers and makers[model].wait():
                 raise subprocess.CalledProcessError(makers[model].returncode, "make")
             if (number + 1) % len(options.starts) == 0:
                 for following in models[models.index(model) + 1 :][:1]:
-                    maker = make(following, folder, options)
-                    makers[following] = running.enter_context(maker)
+                    make_ahead(following)
             if number not in ready or monotonic() > ends:
                 missing.append(f"{model}, {start}: no time left")
                 continue
             for line in measured(start, ready.pop(number), options):
                 row = {**common, "model": model, **line}
+                if options.fa4 and start.framework == "hotloop":
+                    row["attention"] = "flash-attn-4"
                 with Path(options.out).open("a", encoding="utf-8") as rows:
                     rows.write(json.dumps(row) + "\n")
                 print(json.dumps(line), flush=True)
                 missing += [f"{model}, {start}: failed"] * ("error" in line)
-            if (number + 1) % len(options.starts) == 0:
-                shutil.rmtree(folder / model)
+            if (number + 1) % len(options.starts) == 0 and model in to_make:
+                shutil.rmtree(folders[model])
     for line in missing:
         print(line, file=sys.stderr)
     return len(missing)
@@ -207,10 +221,13 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--settings", default="2x2048,8x2048")
     parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--fa4", help="where flash-attn-4 is, for Hotloop's processes alone")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--each", type=float, default=180, help="seconds for one process")
     parser.add_argument("--seconds", type=float, default=540, help="after which nothing starts")
-    parser.add_argument("--folder", help="where checkpoints are made")
+    parser.add_argument(
+        "--folder", help="where checkpoints are made; one that is there is used, and stays"
+    )
     parser.add_argument("--out", required=True, help="the file to which rows are appended")
     sys.exit(min(1, contest(parser.parse_args())))
 

@@ -81,6 +81,8 @@ def _setting(row: Row) -> tuple[str, ...]:
     ]
     if row.get("vram"):
         parts.append(f"under {row['vram']:g} GiB")
+    if row.get("attention"):
+        parts.append(f"with {row['attention']}")
     return str(row.get("card", "")), ", ".join(parts)
 
 
