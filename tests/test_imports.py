@@ -9,7 +9,9 @@ import sys
 import tomllib
 from pathlib import Path
 
+import hotloop_core
 import pytest
+from hotloop_core.registry import KNOWN_DISTRIBUTIONS
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("packages/*/src/*"), *ROOT.glob("plugins/*/src/*")])
@@ -69,3 +71,14 @@ def _imported(node: ast.AST) -> set[str]:
     if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
         return {node.module.partition(".")[0]}
     return set()
+
+
+def test_every_family_of_this_workspace_is_named_to_whoever_lacks_it() -> None:
+    registry = hotloop_core.discover()
+    handled = {
+        model_type: plugin.distribution
+        for plugin in registry.plugins
+        for family in plugin.families
+        for model_type in family.model_types
+    }
+    assert dict(KNOWN_DISTRIBUTIONS) == handled

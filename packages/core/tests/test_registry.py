@@ -46,7 +46,7 @@ class Point:
         self.dist = types.SimpleNamespace(name=f"hotloop-{name}", version="1.2")
 
     def load(self):
-        if isinstance(self.plugin, Exception):
+        if isinstance(self.plugin, BaseException):
             raise self.plugin
         return self.plugin
 
@@ -157,7 +157,42 @@ def test_a_hook_without_its_mark_and_a_plugin_without_hooks_are_told():
         collect(types.SimpleNamespace(), name="a")
 
 
-@pytest.mark.parametrize("answer, says", [((FAMILY,), "tuple"), ([EXPORTER], "ExporterSpec")])
+def test_a_plugin_that_exits_at_import_is_broken_like_any_other():
+    assert found(Point("a", SystemExit(3))).plugins[0].problem == "SystemExit: 3"
+
+
+def test_two_families_of_one_name_are_told_apart_by_blocking_alone():
+    points = (Point("a", plugin([FAMILY])), Point("b", plugin([FAMILY])))
+    with pytest.raises(AmbiguousFamilyError, match=r"Block one of the plugins") as caught:
+        found(*points).match({"model_type": "made_up"})
+    assert "family=NAME" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed, says",
+    [
+        ({"api": "1"}, "api is '1', expected"),
+        ({"model_types": "made_up"}, "expected a frozenset of names"),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_told(changed, says):
+    with pytest.raises(PluginError, match=says):
+        collect(plugin([replace(FAMILY, **changed)]), name="a")
+
+
+def test_a_hook_with_an_argument_is_told():
+    class Curious:
+        @hookimpl
+        def hotloop_families(self, registry):
+            return [FAMILY]
+
+    with pytest.raises(PluginError, match="a hook takes no argument"):
+        collect(Curious(), name="a")
+
+
+@pytest.mark.parametrize(
+    "answer, says", [((FAMILY,), "tuple"), ([EXPORTER], "ExporterSpec"), (None, "None")]
+)
 def test_a_hook_that_returns_something_else_is_told(answer, says):
     class Wrong:
         @hookimpl

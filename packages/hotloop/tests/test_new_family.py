@@ -14,7 +14,7 @@ from hotloop.cli.new_family import new_family as command
 from hotloop.new_family import guess, new_family
 from hotloop.new_family.project import run_kit
 from hotloop.wiring.classes import STATE
-from hotloop_core import discover, facts_of
+from hotloop_core import Registry, discover, facts_of
 from hotloop_core.errors import ConfigError, OutputExistsError, UnsupportedError
 from typer.testing import CliRunner
 
@@ -204,6 +204,27 @@ def test_the_package_holds_the_guess(tmp_path, monkeypatch):
 def test_a_type_that_is_installed_is_not_written_again(tmp_path):
     with pytest.raises(ConfigError, match="handled by the installed family 'llama'"):
         new_family("llama", tmp_path / "plugin", kit=False)
+
+
+def test_a_type_that_a_plugin_of_this_project_has_is_installed_and_not_written(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("hotloop.new_family.project.discover", Registry)
+    with pytest.raises(ConfigError, match="hotloop-gemma, which is not installed: `uv add"):
+        new_family("gemma2", tmp_path / "plugin", kit=False)
+
+
+def test_what_transformers_warns_of_at_small_sizes_is_not_shown(caplog):
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    try:
+        before = logging.get_verbosity()
+        guess("cwm")
+        assert logging.get_verbosity() == before
+    finally:
+        logging.disable_propagation()
+    assert not [record for record in caplog.records if record.name.startswith("transformers")]
 
 
 def test_the_command_names_what_to_look_at(tmp_path):

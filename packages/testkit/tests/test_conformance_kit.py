@@ -6,7 +6,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 from hotloop.verification.report import Row
-from hotloop_testkit.conformance import Conformance, WeakenedError, assert_import_is_light
+from hotloop_testkit.conformance import (
+    Conformance,
+    WeakenedError,
+    assert_import_is_light,
+    checks_of,
+)
 from hotloop_testkit.family import FamilyConformance, _verified
 
 
@@ -21,8 +26,22 @@ def check(*marks):
     return passes
 
 
+def calls(*marks):
+    """An override of `test_one` with these marks that runs what it overrides."""
+
+    def passes(self):
+        Suite.test_one(self)
+
+    for mark in marks:
+        passes = mark(passes)
+    return passes
+
+
 class Suite(Conformance, kit=True):
     def test_one(self):
+        self._helper()
+
+    def _helper(self):
         pass
 
     def test_two(self):
@@ -44,23 +63,44 @@ XFAIL = pytest.mark.xfail(reason="no such kernel yet: issue 12")
     "weakened",
     [
         {"test_one": None},
-        {"test_one": check()},
-        {"test_one": check(pytest.mark.xfail)},
-        {"test_one": check(pytest.mark.xfail(reason=" "))},
-        {"test_one": check(pytest.mark.skip(reason="slow"))},
-        {"test_one": check(XFAIL, pytest.mark.skip)},
+        {"test_one": calls()},
+        {"test_one": check(XFAIL)},
+        {"test_one": calls(pytest.mark.xfail)},
+        {"test_one": calls(pytest.mark.xfail(reason=" "))},
+        {"test_one": calls(pytest.mark.xfail(reason="it crashes", run=False))},
+        {"test_one": calls(pytest.mark.skip(reason="slow"))},
+        {"test_one": calls(XFAIL, pytest.mark.skip)},
+        {"_helper": calls(XFAIL)},
         {"test_every_check_is_in_force": check()},
         {"pytestmark": pytest.mark.skip(reason="later")},
         {"pytestmark": [pytest.mark.gpu, pytest.mark.xfail(reason="all of it")]},
     ],
 )
 def test_a_check_that_is_taken_away_is_an_error(weakened):
-    with pytest.raises(WeakenedError, match=r"xfail"):
+    with pytest.raises(WeakenedError, match=r"Keep it|another name|mark the one"):
         type("Mine", (Suite,), weakened)
 
 
 def test_an_xfail_with_a_reason_and_other_marks_are_accepted():
-    type("Mine", (Suite,), {"test_one": check(XFAIL), "pytestmark": pytest.mark.gpu})
+    type("Mine", (Suite,), {"test_one": calls(XFAIL), "pytestmark": pytest.mark.gpu})
+
+
+def test_a_suite_is_not_switched_off_as_a_class_that_pytest_passes_by():
+    with pytest.raises(WeakenedError, match="Remove it"):
+        type("Mine", (Suite,), {"__test__": False})
+
+
+def test_a_suite_of_ones_own_takes_nothing_away():
+    with pytest.raises(WeakenedError, match="test_one"):
+        type("Mine", (Suite,), {"test_one": None}, kit=True)
+
+    class More(Suite, kit=True):
+        def test_three(self):
+            pass
+
+    assert {"test_one", "test_three", "test_every_check_is_in_force"} <= checks_of(More).keys()
+    with pytest.raises(WeakenedError, match="test_three"):
+        type("Mine", (More,), {"test_three": None})
 
 
 def test_a_check_taken_away_later_is_found_when_the_suite_runs(monkeypatch):
@@ -81,7 +121,7 @@ def test_a_subclass_of_a_subclass_is_checked_too():
 
 
 def test_the_suites_have_checks():
-    checks = FamilyConformance.checks
+    checks = checks_of(FamilyConformance)
     assert len(checks) > 15 and "test_every_check_is_in_force" in checks
 
 

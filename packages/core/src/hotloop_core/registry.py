@@ -90,9 +90,11 @@ class Registry:
             raise NoFamilyError(self._no_family(model_type))
         if len(claims) > 1:
             names = ", ".join(f"{f.name!r} ({p.distribution} {p.version})" for p, f in claims)
+            by_name = len({f.name for _, f in claims}) == len(claims)
+            choose = "Choose with family=NAME (--family NAME), or block" if by_name else "Block"
             raise AmbiguousFamilyError(
-                f"model_type={model_type!r} is claimed by {names}. Choose with family=NAME "
-                "(--family NAME), or block one of the plugins (block=[NAME], --block NAME)."
+                f"model_type={model_type!r} is claimed by {names}. {choose} one of the plugins "
+                "(block=[NAME], --block NAME)."
             )
         return claims[0][1]
 
@@ -150,7 +152,12 @@ KNOWN_DISTRIBUTIONS: Mapping[str, str] = {
     "gemma": "hotloop-gemma",
     "gemma2": "hotloop-gemma",
     "gemma3_text": "hotloop-gemma",
+    "glm": "hotloop-glm",
+    "glm4": "hotloop-glm",
     "granite": "hotloop-granite",
+    "olmo2": "hotloop-olmo",
+    "olmo3": "hotloop-olmo",
+    "phi3": "hotloop-phi",
     "qwen2": "hotloop-qwen",
     "qwen3": "hotloop-qwen",
     "smollm3": "hotloop-smollm",
@@ -186,7 +193,8 @@ def _load(point: metadata.EntryPoint, blocked: bool) -> Plugin:
         return Plugin(**who, blocked=True)
     try:
         specs = collect(point.load(), name=point.name, distribution=distribution)
-    except Exception as error:  # whatever a foreign plugin raises is listed, never lost
+    # Whatever a foreign plugin raises is listed, never lost; sys.exit() would end every command.
+    except (Exception, SystemExit) as error:
         return Plugin(
             **who, problem=f"{type(error).__name__}: {error}", trace=traceback.format_exc()
         )
@@ -216,7 +224,11 @@ def collect(plugin: object, *, name: str, distribution: str = "?") -> dict[str, 
                 f"plugin {name!r} has {attribute!r}, which is no hook{hint} "
                 f"The hooks are {', '.join(HOOK_NAMES)}."
             )
-    manager.register(plugin, name=name)
+    try:
+        manager.register(plugin, name=name)
+    except pluggy.PluginValidationError as error:
+        reason = str(error).splitlines()[-1]
+        raise PluginError(f"plugin {name!r}: a hook takes no argument. {reason}") from error
     implemented = {caller.name for caller in manager.get_hookcallers(plugin) or []}
     unmarked = [hook for hook in HOOK_NAMES if hasattr(plugin, hook) and hook not in implemented]
     if unmarked:
@@ -227,10 +239,13 @@ def collect(plugin: object, *, name: str, distribution: str = "?") -> dict[str, 
         raise PluginError(
             f"plugin {name!r} implements no hook; expected at least one of {', '.join(HOOK_NAMES)}"
         )
-    return {
-        hook: _checked(hook, kind, getattr(manager.hook, hook)(), name, distribution)
-        for hook, kind in HOOK_NAMES.items()
-    }
+    found: dict[str, list[Any]] = {}
+    for hook, kind in HOOK_NAMES.items():
+        results = getattr(manager.hook, hook)()
+        if hook in implemented and not results:  # pluggy drops None
+            raise PluginError(f"plugin {name!r}: {hook} returned None, expected a list of {kind}")
+        found[hook] = _checked(hook, kind, results, name, distribution)
+    return found
 
 
 def _checked(hook: str, kind: str, results: list[Any], name: str, distribution: str) -> list[Any]:
@@ -246,11 +261,21 @@ def _checked(hook: str, kind: str, results: list[Any], name: str, distribution: 
             raise PluginError(
                 f"plugin {name!r}: {hook} returned a {type(spec).__name__}, expected {kind}"
             )
+        if not isinstance(spec.api, int):
+            raise PluginError(
+                f"plugin {name!r}: api is {spec.api!r}, expected hotloop_core.API as it was when the "
+                "plugin was written, a whole number"
+            )
         if spec.api not in ACCEPTED:
             newer = spec.api > API
             upgrade = "hotloop-core" if newer else distribution
             raise SpecVersionError(
                 f"plugin {name!r} ({distribution}) is written for api {spec.api}; this hotloop-core "
                 f"accepts {' and '.join(map(str, ACCEPTED))}. Upgrade: `uv add --upgrade {upgrade}`."
+            )
+        if isinstance(spec, FamilySpec) and not isinstance(spec.model_types, frozenset | set):
+            raise PluginError(
+                f"plugin {name!r}: model_types of {spec.name!r} is {spec.model_types!r}, expected a "
+                "frozenset of names"
             )
     return specs

@@ -6,13 +6,14 @@ import importlib.metadata
 import inspect
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+import pytest
 from hotloop_core import discover
 from hotloop_core.hooks import GROUP
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 HEAVY = ("torch", "transformers", "triton", "peft")
 """What importing a plugin may not load: torch alone takes seconds."""
@@ -20,6 +21,10 @@ HEAVY = ("torch", "transformers", "triton", "peft")
 
 class WeakenedError(TypeError):
     """A suite was subclassed with a check deleted, replaced or switched off."""
+
+
+_SUITES: dict[type, dict[str, Callable[..., object]]] = {}
+"""Suite of the kit -> its checks, and the helpers that they call, by name."""
 
 
 class Conformance:
@@ -30,20 +35,21 @@ class Conformance:
         @pytest.mark.xfail(reason="no bf16 on this card: issue 12")
         def test_x(self): super().test_x()
 
-    Anything else that takes a check away raises WeakenedError when the class is made.
+    Anything else that takes a check away raises WeakenedError when the class is made, or fails the check when it runs.
     """
 
-    checks: ClassVar[Mapping[str, Callable[..., object]]] = {}
-
     def __init_subclass__(cls, *, kit: bool = False, **kwargs: Any) -> None:
-        """kit: this class is a suite of the kit, whose `test_` methods become checks."""
+        """kit: this class is a suite of the kit, whose methods become checks (`test_...`) and their helpers."""
         super().__init_subclass__(**kwargs)
+        _require_all(cls)
         if kit:
-            own = {name: value for name, value in vars(cls).items() if name.startswith("test_")}
-            cls.checks = {**cls.checks, **own}
+            _SUITES[cls] = _guarded(cls)
             return
-        for name, check in cls.checks.items():
-            _require(cls, name, check)
+        if vars(cls).get("__test__", True) is not True:
+            raise WeakenedError(
+                f"{cls.__name__}: __test__ = False switches off the whole suite. Remove it; a class that others share "
+                "needs only a name that does not begin with Test"
+            )
         for mark in _marks(vars(cls).get("pytestmark", ())):
             if mark.name in {"skip", "skipif", "xfail"}:
                 raise WeakenedError(
@@ -53,29 +59,81 @@ class Conformance:
 
     def test_every_check_is_in_force(self) -> None:
         """Catches what was taken away after the class was made."""
-        for name, check in type(self).checks.items():
-            _require(type(self), name, check)
+        _require_all(type(self))
 
 
-Conformance.checks = {"test_every_check_is_in_force": Conformance.test_every_check_is_in_force}
+def checks_of(cls: type) -> dict[str, Callable[..., object]]:
+    """What a class may not take away: the checks of the kit's suites above it, and the helpers that they call."""
+    above = (_SUITES.get(suite, {}) for suite in cls.__mro__)
+    return {name: check for checks in above for name, check in checks.items()}
 
 
-def _require(cls: type, name: str, check: Callable[..., object]) -> None:
-    found = inspect.getattr_static(cls, name, None)
-    if found is check:
-        return
+def _guarded(suite: type) -> dict[str, Callable[..., object]]:
+    return {
+        name: value
+        for name, value in vars(suite).items()
+        if callable(value) and name.startswith(("test_", "_")) and not name.startswith("__")
+    }
+
+
+_SUITES[Conformance] = _guarded(Conformance)
+
+
+def _require_all(cls: type) -> None:
+    for name, check in checks_of(cls).items():
+        found = inspect.getattr_static(cls, name, None)
+        if found is not check and not _expected_to_fail(name, found):
+            done = "deleted" if found is None else "replaced"
+            if name.startswith("_"):
+                raise WeakenedError(
+                    f"{cls.__name__}.{name}: a helper of the kit's checks was {done}. Give yours another name; what "
+                    "only one check needs belongs into an xfail of that check"
+                )
+            raise WeakenedError(
+                f"{cls.__name__}.{name}: a check of the kit was {done}. Keep it; where it cannot pass, override it "
+                "with @pytest.mark.xfail(reason=...) and call super()"
+            )
+
+
+def _expected_to_fail(name: str, found: Any) -> bool:
+    """Whether a check was overridden as it may be: an xfail with a reason, which still runs what it overrides."""
     marks = _marks(getattr(found, "pytestmark", ()))
-    expected = [m for m in marks if m.name == "xfail" and str(m.kwargs.get("reason", "")).strip()]
-    if callable(found) and expected and not any(m.name.startswith("skip") for m in marks):
-        return
-    raise WeakenedError(
-        f"{cls.__name__}.{name}: a check of the kit was {'deleted' if found is None else 'replaced'}. Keep it; where "
-        "it cannot pass, override it with @pytest.mark.xfail(reason=...) and call super()"
+    xfails = [mark for mark in marks if mark.name == "xfail"]
+    return (
+        name.startswith("test_")
+        and bool(xfails)
+        and all(
+            str(m.kwargs.get("reason", "")).strip() and m.kwargs.get("run", True) for m in xfails
+        )
+        and not any(mark.name.startswith("skip") for mark in marks)
+        and name in getattr(getattr(found, "__code__", None), "co_names", ())
     )
 
 
 def _marks(found: Any) -> list[Any]:
     return [*found] if isinstance(found, list | tuple) else [found]
+
+
+class NotInstalledError(pytest.skip.Exception):
+    """What a check needs and the environment has not; the one reason for which the kit itself skips a check."""
+
+
+def switched_off(item: pytest.Item, error: BaseException | None) -> str | None:
+    """How a check of the kit was kept from counting where it ran, by a mark, a fixture or a config; None if it was not.
+
+    error: what the check, or what prepares it, raised.
+    """
+    cls = getattr(item, "cls", None)
+    name = getattr(item, "originalname", "")
+    if cls is None or name not in checks_of(cls):
+        return None
+    own = _marks(getattr(getattr(cls, name), "pytestmark", ()))
+    if any(mark not in own for mark in item.iter_markers("xfail")):
+        return "an xfail mark that is not the check's own"
+    if isinstance(error, pytest.xfail.Exception) and not any(m.name == "xfail" for m in own):
+        return f"pytest.xfail({str(error)!r})"
+    needless = not isinstance(error, NotInstalledError) and item.get_closest_marker("gpu") is None
+    return f"a skip ({error})" if isinstance(error, pytest.skip.Exception) and needless else None
 
 
 def module_of(plugin: str) -> str:

@@ -8,7 +8,7 @@ import copy
 import io
 from collections import defaultdict
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ from hotloop_core import LayerPlan, Placement, Plan, discover, facts_of, saved_t
 from hotloop_core.errors import UnsupportedError
 from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL
 
-from .conformance import Conformance, assert_import_is_light, module_of, plugin_with
+from .conformance import NotInstalledError
+from .description import DescriptionConformance
 from .numerics import assert_no_worse_than, poisoned_buffers
 from .tiny import assert_same_bits, batch, build, gradients, quantise_, tokenizer, with_lora
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from hotloop.verification import Report
     from hotloop.wiring import Receipt
     from hotloop_core import FamilySpec
-    from transformers import PreTrainedConfig
 
     from .tiny import Model
 
@@ -47,8 +47,8 @@ CASES = [
 ] + [("dense", "float16")]
 
 
-class FamilyConformance(Conformance, kit=True):
-    """Checks one family against one tiny config.
+class FamilyConformance(DescriptionConformance, kit=True):
+    """Checks one family against one tiny config: what it says of it, and what then runs.
 
     Subclass it once for each kind of config that the family has:
 
@@ -59,55 +59,8 @@ class FamilyConformance(Conformance, kit=True):
                 return LlamaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=320, ...)
 
     spec: as the installed plugin offers it. tiny_config: two layers or more (one of each kind), hidden size about 64,
-    at least 300 tokens.
+    at least 300 tokens, a sliding window (if any) shorter than the 40 tokens of a row.
     """
-
-    spec: ClassVar[FamilySpec]
-
-    def tiny_config(self) -> PreTrainedConfig:
-        """The config to check, new for each call."""
-        raise NotImplementedError(f"{type(self).__name__} has no tiny_config(); return a config")
-
-    def test_the_plugin_is_installed_and_its_import_is_light(self) -> None:
-        assert_import_is_light(module_of(plugin_with("families", self.spec)))
-
-    def test_the_registry_finds_the_family(self) -> None:
-        config = self.tiny_config().to_dict()
-        assert discover().match(config, family=self.spec.name) is self.spec
-
-    def test_every_layer_is_covered_and_nothing_is_claimed_twice(self) -> None:
-        from hotloop.wiring import check_layer
-
-        model = build(self.tiny_config())
-        config = model.config.to_dict()
-        layers = list(model.get_submodule(self.spec.layers))
-        for index, layer in enumerate(layers):
-            check_layer(f"{self.spec.layers}.{index}", layer, self.spec.layer_spec(config, index))
-        paths = (self.spec.embedding, self.spec.final_norm, self.spec.head)
-        claimed = (f"{self.spec.layers}.", *(f"{path}." for path in paths))
-        left = [n for n, _ in model.named_parameters() if not n.startswith(claimed)]
-        assert not left, f"outside the layers, the description does not claim {left}"
-
-    def test_the_facts_are_those_of_the_model(self) -> None:
-        from hotloop.lora import projections
-
-        model = build(self.tiny_config())
-        config = model.config.to_dict()
-        facts = facts_of(self.spec, config)
-        shapes = facts.linear_shapes()
-        of_group = {"qkv": facts.qkv_bias, "o": facts.o_bias, "gate_up": facts.mlp_bias}
-        biases = {role: of_group.get(g) for g, roles in facts.groups.items() for role in roles}
-        layer = model.get_submodule(f"{self.spec.layers}.0")
-        for role, path in projections(self.spec, config).items():
-            linear = layer.get_submodule(path)
-            assert tuple(linear.weight.shape) == shapes[role], role
-            assert biases[role] in (None, linear.bias is not None), role
-        embedding = model.get_submodule(self.spec.embedding)
-        head = model.get_submodule(self.spec.head)
-        assert embedding is model.get_input_embeddings() and head is model.get_output_embeddings()
-        assert tuple(embedding.weight.shape) == (facts.vocab_size, facts.hidden_size)
-        assert facts.tied == (head.weight is embedding.weight)
-        assert len(model.get_submodule(self.spec.layers)) == facts.layers == len(facts.windows)
 
     @pytest.mark.parametrize("lora", [True, False], ids=["lora", "full"])
     @pytest.mark.parametrize("kind, precision", CASES)
@@ -366,4 +319,4 @@ def _kept_as_a_sum(spec: FamilySpec, config: dict[str, Any], format_name: str) -
 
 def _require_format(name: str) -> None:
     if all(exporter.name != name for exporter in discover().exporters):
-        pytest.skip(f"no exporter for {name!r} is installed (`uv add hotloop-{name}`)")
+        raise NotInstalledError(f"no exporter for {name!r} is installed (`uv add hotloop-{name}`)")

@@ -1,11 +1,17 @@
-"""What pytest loads where the kit is installed: a marker and a fixture for a plugin author's own tests.
+"""What pytest loads where the kit is installed: a marker and a fixture, and a check that no check was switched off.
 
 torch is imported when used, since every run of pytest in that environment loads this module.
 """
 
 from __future__ import annotations
 
+import sys
+from typing import TYPE_CHECKING, Any
+
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,6 +31,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fails a check of the kit that was skipped, or expected to fail by others than itself."""
+    report = yield
+    conformance: Any = sys.modules.get("hotloop_testkit.conformance")
+    if conformance is None or call.when == "teardown":  # no suite was imported, or it was judged
+        return report
+    how = conformance.switched_off(item, None if call.excinfo is None else call.excinfo.value)
+    if how is not None:
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{item.nodeid}: {how} switches off a check of the kit. Keep it; where it cannot pass, override it with "
+            "@pytest.mark.xfail(reason=...) and call super()"
+        )
+        vars(report).pop("wasxfail", None)
+    return report
 
 
 @pytest.fixture

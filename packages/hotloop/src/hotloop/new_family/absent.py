@@ -23,11 +23,11 @@ def fill_absent(family: FamilySpec, small: Tiny) -> tuple[FamilySpec, tuple[str,
     A key that core refuses to miss, such as the hidden size, needs no default.
     """
     notes: list[str] = []
-    for key in _keys(family):
-        if _same(family, small, key):
+    for key in keys_read(family):
+        if reads_alike(family, small, key):
             continue
         found = next(
-            (each for each in _filled(family, small, key) if _same(each, small, key)), None
+            (each for each in _filled(family, small, key) if reads_alike(each, small, key)), None
         )
         if found is None:
             notes.append(
@@ -38,13 +38,13 @@ def fill_absent(family: FamilySpec, small: Tiny) -> tuple[FamilySpec, tuple[str,
     return family, tuple(notes)
 
 
-def _keys(family: FamilySpec) -> list[str]:
+def keys_read(family: FamilySpec) -> list[str]:
     """The keys of the config that the description reads."""
     values = (getattr(family.keys, each.name) for each in fields(ConfigKeys))
     return [value for value in values if isinstance(value, str)]
 
 
-def _same(family: FamilySpec, small: Tiny, key: str) -> bool:
+def reads_alike(family: FamilySpec, small: Tiny, key: str) -> bool:
     """Whether facts are the same with a key as transformers fills it and without it, at small sizes and its own."""
     arguments = {name: value for name, value in small.arguments.items() if name != key}
     for each in (arguments, {}):

@@ -11,7 +11,7 @@ from torch import nn
 
 from .absent import fill_absent
 from .attention import read_attention
-from .kinds import own_code
+from .kinds import own_code, without_warnings
 from .mlp import read_mlp
 from .norms import read_norms
 from .probe import Difference, difference, drop_ignored, unread_keys
@@ -30,6 +30,7 @@ class Guess:
     notes: tuple[str, ...]
 
 
+@without_warnings()
 def guess(model_type: str) -> Guess:
     """A family's description, read from a small model that transformers builds.
 

@@ -134,6 +134,19 @@ def own_code(what: str) -> Iterator[None]:
         raise UnsupportedError(f"{what} ({type(error).__name__}: {why}). {BY_HAND}") from error
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silences transformers' log below errors: what it warns of are the sizes of a model that nobody will use."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def _experts(values: Mapping[str, Any]) -> Iterator[str]:
     """The keys of a config, and of configs in it, that are about experts."""
     for key, value in values.items():

@@ -6,14 +6,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hotloop_core import Attention, Glu, LayerSpec, Plugin, Registry
+from hotloop_core import Attention, Glu, Plugin, Registry, discover
 from hotloop_core.errors import HotloopError
 
-from .tiny import OPTIONAL, SIZES, SOFTCAP, Tiny, build, multipliers, tokens
+from .tiny import OPTIONAL, SIZES, SOFTCAP, Tiny, build, tokens
 from .trace import CLOSE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from hotloop_core import FamilySpec
     from torch import Tensor
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 FAR = 2**20
 """A position behind every length at which a model changes its attention."""
+UNSAID = "changes the layers in a way that this description does not say"
 _NOT_LAYERS = (
     "token",
     "cache",
@@ -35,8 +36,9 @@ _NOT_LAYERS = (
 
 
 def registry_of(family: FamilySpec) -> Registry:
-    """A registry that holds one family."""
-    plugin = Plugin(name=family.name, distribution="?", version="?", families=(family,))
+    """A registry that holds one family, and every op that is installed: the family's layers may name one."""
+    ops = discover().ops
+    plugin = Plugin(name=family.name, distribution="?", version="?", families=(family,), ops=ops)
     return Registry((plugin,))
 
 
@@ -100,36 +102,60 @@ def _results(model: Any) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unread:
+    """Changes of a config, and what goes wrong with them.
+
+    untried: why the model's own code does not take them; None where it does, and the described model then computes
+    something else.
+    """
+
+    changes: dict[str, Any]
+    untried: str | None = None
+
+    def __str__(self) -> str:
+        what = ", ".join(f"{key}={value!r}" for key, value in self.changes.items())
+        return (
+            f"{what}: {UNSAID}"
+            if self.untried is None
+            else f"{what} could not be tried: {self.untried}"
+        )
+
+
+def unread_changes(family: FamilySpec, small: Tiny) -> Iterator[Unread]:
+    """Changes key by key; yields those that the description neither follows nor refuses."""
+    base = small.config()
+    values = base.to_dict()
+    known = {*SIZES, "head_dim", *type(base).__mro__[1]().to_dict()}
+    together = {key: not values[key] for key in bias_switches(family, values)}
+    trials = [_trial(key, values) for key in values if key not in known]
+    for changes in [*trials, *([together] if len(together) > 1 else [])]:
+        key, changed = next(iter(changes.items()))
+        if changed is None or any(word in key for word in _NOT_LAYERS):
+            continue
+        try:
+            if _goes_wrong(family, small, changes, training="drop" in key):
+                yield Unread(changes=changes)
+        except OwnCodeError as error:
+            if key not in together:  # those are also tried together
+                yield Unread(changes=changes, untried=str(error))
+
+
 def unread_keys(family: FamilySpec, small: Tiny) -> tuple[dict[str, str], tuple[str, ...]]:
     """Keys of the config that change the layers without the description's knowing.
 
     Returns switches and dropouts to refuse, with the reason, and notes on the others.
     """
-    base = small.config()
-    values = base.to_dict()
-    known = {*SIZES, "head_dim", *multipliers(values), *type(base).__mro__[1]().to_dict()}
-    switches = _bias_switches(family)
-    together = {key: not values[key] for key in switches}
-    trials = [_trial(key, values) for key in values if key not in known]
+    values = small.config().to_dict()
+    switches = bias_switches(family, values)
     refused: dict[str, str] = {}
     notes: list[str] = []
-    for changes in [*trials, *([together] if len(together) > 1 else [])]:
-        key, changed = next(iter(changes.items()))
-        if changed is None or any(word in key for word in _NOT_LAYERS):
-            continue
-        what = ", ".join(f"{name}={value!r}" for name, value in changes.items())
-        try:
-            found = _tried(family, small, changes, training="drop" in key)
-        except OwnCodeError as error:
-            if key not in switches:  # those are also tried together
-                notes.append(f"{what} could not be tried: {error}")
-            continue
-        if found is None:
-            continue
-        if not values[key] and key not in switches:
-            refused[key] = found
+    for found in unread_changes(family, small):
+        key = next(iter(found.changes))
+        if found.untried is None and not values[key] and key not in switches:
+            refused[key] = UNSAID
         else:
-            notes.append(f"{what}: {found}")
+            notes.append(str(found))
     return refused, tuple(notes)
 
 
@@ -146,20 +172,24 @@ def drop_ignored(family: FamilySpec, small: Tiny) -> FamilySpec:
         without = replace(family, keys=replace(family.keys, **{name: None}))
         changes = _trial(key, values)
         try:
-            found = [_tried(each, small, changes, training=False) for each in (family, without)]
+            wrong = [
+                _goes_wrong(each, small, changes, training=False) for each in (family, without)
+            ]
         except OwnCodeError:  # the value does not go with the others
             continue
-        if found[0] is not None and found[1] is None:
+        if wrong == [True, False]:
             family = without
     return family
 
 
-def _bias_switches(family: FamilySpec) -> list[str]:
+def bias_switches(family: FamilySpec, config: Mapping[str, Any]) -> list[str]:
     """The keys of the config that bring a bias, as the description says."""
-    layer = family.layer
-    assert isinstance(layer, LayerSpec)
-    assert isinstance(layer.attention, Attention) and isinstance(layer.mlp, Glu)
-    said = (layer.attention.qkv_bias, layer.attention.o_bias, layer.mlp.bias)
+    layer = family.layer_spec(config, 0)
+    said: list[bool | str] = []
+    if isinstance(layer.attention, Attention):
+        said += [layer.attention.qkv_bias, layer.attention.o_bias]
+    if isinstance(layer.mlp, Glu):
+        said.append(layer.mlp.bias)
     return sorted({each for each in said if isinstance(each, str)})
 
 
@@ -178,10 +208,10 @@ def _trial(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {key: changed, **(window if counts else {})}
 
 
-def _tried(
+def _goes_wrong(
     family: FamilySpec, small: Tiny, changes: dict[str, Any], *, training: bool
-) -> str | None:
-    """What goes wrong with these changes; None if nothing does, or if it is refused with a reason already.
+) -> bool:
+    """Whether these changes make a difference that the description neither follows nor refuses.
 
     Raises:
         OwnCodeError: the model's own code does not take them.
@@ -191,7 +221,6 @@ def _tried(
     except Exception as error:  # the config checks itself
         raise OwnCodeError(_said(error)) from error
     try:
-        found = difference(family, config, training=training)
+        return not difference(family, config, training=training).none
     except HotloopError:
-        return None
-    return None if found.none else "changes the layers in a way that this description does not say"
+        return False

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from hotloop_core import discover
 from hotloop_core.errors import ConfigError, OutputExistsError
+from hotloop_core.registry import KNOWN_DISTRIBUTIONS
 
 from .guess import Guess, guess
 from .render import write
@@ -61,13 +62,19 @@ def new_family(model_type: str, directory: Path | None = None, *, kit: bool = Tr
     Raises:
         UnsupportedError: an unknown or multimodal type, or layers that no description can say; with the list of what
             is missing. Nothing was written.
-        ConfigError: an installed plugin has the family, or the kit is to run and is not installed.
+        ConfigError: an installed plugin, or one of this project, has the family; or the kit is to run and is not
+            installed.
         OutputExistsError: the folder exists.
     """
     claimed = [f.name for f in discover().families if model_type in f.model_types]
     if claimed:
         raise ConfigError(
             f"model_type={model_type!r} is handled by the installed family {claimed[0]!r}; there is nothing to write."
+        )
+    if model_type in KNOWN_DISTRIBUTIONS:
+        known = KNOWN_DISTRIBUTIONS[model_type]
+        raise ConfigError(
+            f"model_type={model_type!r} is handled by {known}, which is not installed: `uv add {known}`."
         )
     if directory is None:
         directory = Path(f"hotloop-{model_type.replace('_', '-')}")
