@@ -125,6 +125,7 @@ def test_saving_methods_call_the_exporter_for_the_adapted_model_and_its_copies(m
     adapted = FastLanguageModel.get_peft_model(model, r=4)
     adapted.save_pretrained_merged("out", "tok", save_method="merged_16bit")
     options = {"format": "safetensors", "quant": "16bit", "overwrite": True}
+    options |= {"max_shard_bytes": None}
     assert calls.pop() == (adapted, ("tok", "out"), options)
     adapted.save_pretrained_merged("out", "tok", save_method="merged_4bit")
     assert calls.pop()[2]["quant"] == "4bit"
@@ -182,27 +183,70 @@ def test_names_that_scripts_import_and_hotloop_lacks_say_what_to_do(module):
         getattr(importlib.import_module(module), "nonsense")  # noqa: B009
 
 
-def test_pushing_uploads_what_was_exported(model, monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """What reaches the hub: (repository, private, message, files)."""
     import huggingface_hub
 
     class Api:
-        def __init__(self, token=None):
-            self.token = token
+        def __init__(self, endpoint=None, token=None):
+            assert token is None
 
-        def create_repo(self, repo_id, **options):
+        def create_repo(self, repo_id, *, private, exist_ok):
+            self.private = private
             return f"https://hub.invalid/{repo_id}"
 
-        def upload_folder(self, *, repo_id, folder_path):
-            uploaded.extend(sorted(file.name for file in Path(folder_path).iterdir()))
+        def create_commit(self, repo_id, operations, *, commit_message):
+            files = {operation.path_in_repo for operation in operations}
+            pushed.append((repo_id, self.private, commit_message, files))
 
-    uploaded: list[str] = []
-    fake = types.ModuleType("hotloop.exporting")
-    fake.export = lambda m, t, directory, **o: (Path(directory) / "model.gguf").write_text("x")
-    monkeypatch.setitem(sys.modules, "hotloop.exporting", fake)
+    pushed: list[tuple] = []
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert model.push_to_hub_gguf("me/tiny", None, "q8_0").endswith("me/tiny")
-    assert model.push_to_hub_merged("me/tiny").endswith("me/tiny")
-    assert uploaded == ["model.gguf"] * 2
+    return pushed
+
+
+def test_pushing_uploads_what_was_exported(model, tiny_tokenizer, hub):
+    assert model.push_to_hub_gguf("me/tiny", tiny_tokenizer, "q8_0", token="").endswith("me/tiny")
+    assert any(name.endswith("-Q8_0.gguf") for name in hub.pop()[3])
+    model.push_to_hub_merged(
+        "me/tiny", tiny_tokenizer, private=True, commit_message="mine", max_shard_size="100KB"
+    )
+    (name, private, message, files) = hub.pop()
+    assert (name, private, message) == ("me/tiny", True, "mine")
+    assert {"config.json", "model.safetensors.index.json", "tokenizer.json"} <= files
+
+
+def test_pushing_refuses_before_anything_is_exported(model, hub):
+    with pytest.raises(ConfigError, match="no name of a repository"):
+        model.push_to_hub_merged("a/b/c")
+    with pytest.raises(UnsupportedError, match=r"create_pr=True.*open the request on the hub"):
+        model.push_to_hub_gguf("me/tiny", create_pr=True)
+    assert hub == []
+
+
+def test_methods_that_scripts_call_and_hotloop_lacks_say_what_to_do(model):
+    adapted = FastLanguageModel.get_peft_model(model, r=4)
+    with pytest.raises(UnsupportedError, match=r"no fast_generate: .*model\.generate"):
+        adapted.fast_generate(["hi"], sampling_params=None)
+    with pytest.raises(UnsupportedError, match=r"save_pretrained\(directory\)"):
+        copy.deepcopy(adapted).save_lora("out")
+
+
+def test_everything_that_a_call_cannot_have_is_named_at_once():
+    with pytest.raises(UnsupportedError, match=r"fast_inference=True(.|\n)*load_in_8bit=True"):
+        FastModel.from_pretrained("nowhere", fast_inference=True, load_in_8bit=True)
+    with pytest.raises(UnknownArgumentError, match=r"lora_alhpa(.|\n)*use_dora=True"):
+        FastModel.get_peft_model(None, lora_alhpa=3, use_dora=True)
+
+
+def test_a_saved_adapter_trains_on_where_it_was_loaded_and_a_second_one_is_refused(model, tmp_path):
+    FastLanguageModel.get_peft_model(model, r=4).save_pretrained(tmp_path)
+    again, _ = loaded(tmp_path)
+    trained = [name for name, p in again.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    again(input_ids=torch.arange(3, 20)[None], labels=torch.arange(3, 20)[None]).loss.backward()
+    with pytest.raises(ConfigError, match=r"adapters default already.*leave this call out"):
+        FastLanguageModel.get_peft_model(again, r=4)
 
 
 def test_bfloat16_support_is_what_this_machine_trains_in():

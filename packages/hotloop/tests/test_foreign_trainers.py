@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hotloop.training.trainer import PackedTrainer
 from hotloop.wiring import receipt_of, wire
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 STEPS = 4
@@ -90,6 +91,7 @@ def assert_same_training(make, count=STEPS):
     receipt = wire(wired)
     trainers = [make(plain), make(wired)]
     for trainer in trainers:
+        torch.manual_seed(5)  # noise and sampling are the same too
         trainer.train()
     expected, found = map(losses, trainers)
     assert len(expected) == count
@@ -111,9 +113,17 @@ def assert_same_training(make, count=STEPS):
         {},
         {"gradient_accumulation_steps": 3, "max_grad_norm": 0.05},
         {"label_smoothing_factor": 0.1},
+        {"neftune_noise_alpha": 5},
+        {"gradient_checkpointing": True},
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "eager"}, marks=pytest.mark.slow
+        ),
+        {"optim": "adamw_8bit", "lr_scheduler_type": "cosine", "warmup_steps": 2},
+        {"optim": "adafactor"},
     ],
-    ids=["plain", "accumulation and clipping", "label smoothing"],
+    ids=lambda changes: "-".join(changes) or "plain",
 )
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 def test_trainer_gives_the_losses_of_the_unwired_model(tmp_path, changes):
     def make(model):
         args = TrainingArguments(**options(tmp_path, **changes))
@@ -330,19 +340,34 @@ def test_sft_trainer_takes_hotloops_bins(tmp_path, monkeypatch, tiny_tokenizer):
     assert losses(trainer) == [pytest.approx(expected, rel=TOLERANCE)]
 
 
-def test_dpo_trainer_gives_the_losses_of_the_unwired_model(tmp_path, tiny_tokenizer):
-    pairs = [
-        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " dog dog"}
-        for row in conversations()
-    ]
+METHODS = {
+    "DPO": ("trl", {"max_length": 64}),
+    "KTO": ("trl", {"max_length": 64, "per_device_train_batch_size": 4}),
+    "ORPO": ("trl.experimental.orpo", {"max_length": 64}),
+    "CPO": ("trl.experimental.cpo", {"max_length": 64, "loss_type": "simpo", "cpo_alpha": 0.0}),
+    "GRPO": ("trl", {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*trl.experimental")
+@pytest.mark.parametrize("method", METHODS)
+def test_trl_trainers_give_the_losses_of_the_unwired_model(tmp_path, tiny_tokenizer, method):
+    module, changes = METHODS[method]
+    trl = importlib.import_module(module)
+    data = conversations().to_list()
+    if method == "KTO":
+        data = [{**row, "label": bool(i % 2)} for i, row in enumerate(data)]
+    elif method != "GRPO":
+        data = [{**row, "chosen": row.pop("completion"), "rejected": " dog dog"} for row in data]
+    reward = {"reward_funcs": lambda completions, **_: [float(len(c) % 5) for c in completions]}
 
     def make(model):
-        args = DPOConfig(**options(tmp_path, max_length=64), bf16=False)
-        return DPOTrainer(
+        return getattr(trl, f"{method}Trainer")(
             model,
-            args=args,
-            train_dataset=Dataset.from_list(pairs),
+            args=getattr(trl, f"{method}Config")(**options(tmp_path, **changes), bf16=False),
+            train_dataset=Dataset.from_list(data),
             processing_class=copy.deepcopy(tiny_tokenizer),
+            **(reward if method == "GRPO" else {}),
         )
 
     assert_same_training(make)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from hotloop_core import TensorEntry, discover, facts_of
+from hotloop_core.gguf import NAMES
 from hotloop_gguf.mixes import ALIASES, MIXES, storage
-from hotloop_gguf.names import NAMES
 
 FAMILIES = discover()
 EXPERTS = {

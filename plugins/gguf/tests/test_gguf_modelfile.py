@@ -232,3 +232,25 @@ def test_quotes_that_a_modelfile_cannot_hold_leave_the_template_out() -> None:
     assert isinstance(find(jinja(text), text), Turns)
     files, notes = made(QWEN.replace('"Q"', '"""Q'))
     assert "TEMPLATE" not in files["x-Q8_0.Modelfile"] and "cannot quote" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "more, what",
+    [
+        ("{%- if tools %}{{ tools | tojson }}{% endif %}", "tools"),
+        ("{%- if messages[0].tool_calls is defined %}x{% endif %}", "tools"),
+        ("{%- if enable_thinking is defined and not enable_thinking %}x{% endif %}", "thinking"),
+        ("{% if tools %}x{% endif %}{% if reasoning_content %}y{% endif %}", "tools and thinking"),
+    ],
+)
+def test_what_a_template_takes_beside_messages_is_left_out_with_a_note(
+    more: str, what: str
+) -> None:
+    files, notes = made(more + CHATML)
+    assert "TEMPLATE" in files["x-Q8_0.Modelfile"]
+    assert f"leaves out {what}, which" in notes[0] and "llama-server --jinja" in notes[0]
+
+
+def test_words_that_a_template_prints_or_comments_are_no_tools() -> None:
+    _, notes = made("{# no tools #}Use your tools.\n" + CHATML)
+    assert [note for note in notes if "leaves out" in note] == []

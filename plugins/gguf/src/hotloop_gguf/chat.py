@@ -2,17 +2,25 @@
 
 Sentinel conversations are rendered and cut at their contents. What is left between two contents is taken to depend on
 the roles before and after alone; further conversations show whether that is so. It holds for what most models are
-tuned with; tools, thinking and dates are beyond it, and then there is no template here and a reason instead.
+tuned with. Dates are beyond it, and then there is no template here and a reason instead; tools and a switch for
+thinking are left out of it, and `left_out` says so.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 Render = Callable[[Sequence[Mapping[str, str]], bool], str]
 _START = ""
+
+_VARIABLES = {
+    "tools": {"tools", "tool_calls"},
+    "thinking": {"enable_thinking", "thinking", "reasoning_content"},
+}
+"""What a chat template may take beside messages, by the names that transformers and the templates give it."""
 
 
 class NotFoundError(Exception):
@@ -100,6 +108,15 @@ def find(render: Render, source: str) -> Turns:
                 f"of {len(messages)} messages it makes {expected!r}, where turns alone make {found!r}"
             )
     return turns
+
+
+def left_out(source: str) -> list[str]:
+    """What the Jinja text takes and `Turns` have not: "tools", "thinking"."""
+    tags = re.findall(
+        r"\{[{%].*?[%}]\}", re.sub(r"\{#.*?#\}", "", source, flags=re.DOTALL), re.DOTALL
+    )
+    words = set(re.findall(r"\w+", " ".join(tags)))
+    return [what for what, names in _VARIABLES.items() if words & names]
 
 
 def _talk(roles: str) -> list[dict[str, str]]:

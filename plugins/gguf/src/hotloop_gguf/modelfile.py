@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from .chat import NotFoundError, find
+from .chat import NotFoundError, find, left_out
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +47,12 @@ def modelfiles(
     if '"""' in template + system:
         notes.append('the Modelfile has no TEMPLATE: it holds """, which a Modelfile cannot quote')
         template = system = ""
+    absent = left_out(request.chat_template) if template else []
+    if absent:
+        notes.append(
+            f"the Modelfile's TEMPLATE leaves out {' and '.join(absent)}, which the chat template takes; Ollama then "
+            "offers none with this model. `llama-server --jinja` runs the chat template itself."
+        )
     for stem, names in models:
         if len(names) > 1:
             notes.append(f"{stem} has no Modelfile: Ollama reads no split GGUF")

@@ -8,7 +8,7 @@ instead).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from hotloop_core.errors import ConfigError, HotloopError, UnsupportedError
@@ -159,26 +159,52 @@ SAVE: Refusals = {
     ),
 }
 
+PUSH: Refusals = {
+    **{name: SAVE[name] for name in SAVE if name not in ("push_to_hub", "token")},
+    "use_temp_dir": ((None, True, False), ""),
+    "create_pr": (
+        (False, None),
+        "files are committed to the main branch; open the request on the hub",
+    ),
+    "revision": ((None, "main"), "files are committed to the main branch"),
+    "commit_description": ((None,), "use commit_message"),
+    "tags": ((None, []), "put them into the model card"),
+}
+
+METHODS = {
+    "fast_generate": "there is no vLLM inside; use model.generate, or export the model and serve it with vLLM",
+    "save_lora": "model.save_pretrained(directory) saves the adapter",
+    "load_lora": "hotloop.load(directory of the adapter), or model.load_adapter(directory, name)",
+    "save_pretrained_ggml": "use save_pretrained_gguf: llama.cpp reads no GGML files any more",
+    "push_to_hub_ggml": "use push_to_hub_gguf: llama.cpp reads no GGML files any more",
+    "save_pretrained_torchao": "torchao's formats are not written; use save_pretrained_merged or save_pretrained_gguf",
+}
+"""Methods that such scripts call on a model -> what to do instead."""
+
 
 def refuse(
-    function: str, arguments: Mapping[str, Any], accepted: Iterable[str], refusals: Refusals
+    function: str, arguments: Mapping[str, Any], accepted: Collection[str], refusals: Refusals
 ) -> None:
-    """Passes over what is off; refuses the rest by name.
+    """Passes over what is off; refuses the rest by name, all at once.
 
     Raises:
-        UnsupportedError: something that Hotloop does not have, with what to do instead.
-        UnknownArgumentError: a name that nobody knows, with the nearest one.
+        UnknownArgumentError: names that nobody knows, each with the nearest one.
+        UnsupportedError: what Hotloop does not have, each with what to do instead.
 
     """
+    unknown: list[str] = []
+    absent: list[str] = []
     for name, value in arguments.items():
         if name not in refusals:
-            known = sorted({*accepted, *refusals})
-            near = difflib.get_close_matches(name, known, n=1)
+            near = difflib.get_close_matches(name, sorted({*accepted, *refusals}), n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UnknownArgumentError(
-                f"{function} has no argument {name!r}.{hint} It takes "
-                f"{', '.join(sorted(accepted))}."
-            )
+            unknown.append(f"{function} has no argument {name!r}.{hint}")
+            continue
         off, why = refusals[name]
         if not any(type(value) is type(quiet) and value == quiet for quiet in off):
-            raise UnsupportedError(f"{function}({name}={value!r}): {why}")
+            absent.append(f"{function}({name}={value!r}): {why}")
+    if unknown:
+        takes = f"It takes {', '.join(sorted(accepted))}."
+        raise UnknownArgumentError("\n".join([*unknown, *absent, takes]))
+    if absent:
+        raise UnsupportedError("\n".join(absent))

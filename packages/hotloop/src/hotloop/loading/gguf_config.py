@@ -17,9 +17,9 @@ from hotloop_core.errors import (
     NoFamilyError,
     UnsupportedError,
 )
+from hotloop_core.gguf import gguf_name
 
 from .gguf_file import read_gguf, reads_metadata
-from .gguf_weights import gguf_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

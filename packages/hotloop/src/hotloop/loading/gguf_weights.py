@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hotloop_core import CustomBlock
 from hotloop_core.errors import UnsupportedError
+from hotloop_core.gguf import NAMES, gguf_name
 
 from .stored import Stored
 
@@ -14,32 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import torch
-    from hotloop_core import ExportFacts, FamilySpec, ModelFacts
+    from hotloop_core import FamilySpec, ModelFacts
     from torch import Tensor
 
     from .gguf_file import GgufFile
-
-_NAMES = {
-    "embedding": "token_embd",
-    "final_norm": "output_norm",
-    "head": "output",
-    "before_attention": "blk.{layer}.attn_norm",
-    "after_attention": "blk.{layer}.post_attention_norm",
-    "before_mlp": "blk.{layer}.ffn_norm",
-    "after_mlp": "blk.{layer}.post_ffw_norm",
-    "q": "blk.{layer}.attn_q",
-    "k": "blk.{layer}.attn_k",
-    "v": "blk.{layer}.attn_v",
-    "qkv": "blk.{layer}.attn_qkv",
-    "o": "blk.{layer}.attn_output",
-    "q_norm": "blk.{layer}.attn_q_norm",
-    "k_norm": "blk.{layer}.attn_k_norm",
-    "gate": "blk.{layer}.ffn_gate",
-    "up": "blk.{layer}.ffn_up",
-    "gate_up": "blk.{layer}.ffn_up",
-    "down": "blk.{layer}.ffn_down",
-}
-"""Role -> the format's own name for it; a family's `ExportFacts.names` go before."""
 
 _INVERSES: dict[str, Callable[[Tensor, ModelFacts], Tensor]] = {
     "rope_interleave_q": lambda tensor, facts: _halves(tensor, facts.heads),
@@ -52,12 +31,6 @@ _NOT_WEIGHTS = frozenset(
     {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 )
 """Tensors that the config holds."""
-
-
-def gguf_name(exported: ExportFacts, role: str, layer: int | None = None) -> str | None:
-    """The name of a role's tensor in a file, without its `.weight` or `.bias`; None: it has none."""
-    name = exported.names.get(role, _NAMES.get(role))
-    return None if name is None else name.format(layer=layer)
 
 
 def gguf_tensors(
@@ -120,7 +93,7 @@ def _paths(spec: FamilySpec, facts: ModelFacts) -> Iterator[tuple[str, int | Non
         layer = spec.layer_spec(facts.config, index)
         for part in (layer.norms, layer.attention, layer.mlp):
             fields = part.projections if isinstance(part, CustomBlock) else vars(part)
-            for role in _NAMES.keys() & fields.keys():
+            for role in NAMES.keys() & fields.keys():
                 path = fields[role]
                 if isinstance(path, str):
                     yield role, index, f"{spec.layers}.{index}.{path}"

@@ -2,57 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hotloop.exporting import export, measure_importance
 from hotloop.exporting.check import LlamaCpp, check_gguf
 from hotloop_core.errors import ConfigError, ExportError, UnsupportedError
-from hotloop_testkit.tiny import build, tokenizer
-from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    Tiny = Callable[..., Any]
+    Logits = Callable[..., torch.Tensor]
 
 pytest.importorskip("llama_cpp", reason="needs the interop group: llama-cpp-python")
 
-VOCABULARY = 320
-WORDS = tokenizer(VOCABULARY)
-PROMPT = list(range(3, 60))
-SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    "initializer_range": 0.15, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": False,
-}  # fmt: skip
 GEMMA = {
     "tie_word_embeddings": True,
     "head_dim": 32,
     "query_pre_attn_scalar": 32,
     "sliding_window": 64,
 }
-
-
-def tiny(kind: type[Any] = LlamaConfig, **changes: Any) -> Any:
-    return build(kind(**(SIZES | changes))).eval()
-
-
-def adapted(model: Any, **options: Any) -> Any:
-    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | options
-    model = get_peft_model(model, LoraConfig(**settings)).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.tensor([PROMPT])).logits[0].float()
-
-
-def in_llama_cpp(path: Path, base: Path | None = None) -> torch.Tensor:
-    with LlamaCpp(path, base=base) as llama:
-        return llama.logits(PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -69,22 +42,30 @@ def in_llama_cpp(path: Path, base: Path | None = None) -> torch.Tensor:
 )
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_an_adapter_on_its_base_computes_what_the_adapter_model_computes(
-    kind: type[Any], changes: dict[str, Any], options: dict[str, Any], tmp_path: Path
+    kind: type[Any],
+    changes: dict[str, Any],
+    options: dict[str, Any],
+    tiny: Tiny,
+    adapted: Tiny,
+    tokenizer: Any,
+    hf_logits: Logits,
+    llama_cpp_logits: Logits,
+    tmp_path: Path,
 ) -> None:
     plain = tiny(kind, **changes)
-    before = logits(plain)
-    base = export(plain, WORDS, tmp_path, format="gguf", quant="f32", name="base").files[0].path
-    model = adapted(plain, **options)
-    truth = logits(model)
-    report = export(model, WORDS, tmp_path, format="gguf", quant="lora", name="tune")
+    before = hf_logits(plain)
+    base = export(plain, tokenizer, tmp_path, format="gguf", quant="f32", name="base").files[0].path
+    model = adapted(plain, std=0.1, **options)
+    truth = hf_logits(model)
+    report = export(model, tokenizer, tmp_path, format="gguf", quant="lora", name="tune")
     (file,) = report.files
     assert file.path.name == "tune-adapter.gguf" and report.quants == ("adapter",)
-    found = in_llama_cpp(file.path, base)
+    found = llama_cpp_logits(file.path, base)
     # llama.cpp looks Gemma's GELU up in a table of fp16 values.
     limit = 2e-3 if kind is Gemma2Config else 1e-4
     assert (truth - before).abs().max() > 0.05 * before.abs().max()
     assert (found - truth).abs().max() < limit * truth.abs().max()
-    checked = check_gguf(file.path, model, WORDS, base=base, texts=["abc"], new_tokens=1)
+    checked = check_gguf(file.path, model, tokenizer, base=base, texts=["abc"], new_tokens=1)
     assert checked.kl < 1e-4 and checked.other_ids == ()
 
 
@@ -97,36 +78,47 @@ def test_an_adapter_on_its_base_computes_what_the_adapter_model_computes(
     ],
 )
 def test_what_an_adapter_in_gguf_cannot_say_is_refused(
-    options: dict[str, Any], message: str, tmp_path: Path
+    options: dict[str, Any],
+    message: str,
+    tiny: Tiny,
+    adapted: Tiny,
+    tokenizer: Any,
+    tmp_path: Path,
 ) -> None:
-    model = adapted(tiny(attention_bias=True), **options)
+    model = adapted(tiny(LlamaConfig, attention_bias=True), **options)
     with pytest.raises(UnsupportedError, match=message):
-        export(model, WORDS, tmp_path, format="gguf", quant="adapter")
+        export(model, tokenizer, tmp_path, format="gguf", quant="adapter")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_split_files_are_loaded_by_the_first_and_bounded(tmp_path: Path) -> None:
-    model = tiny()
+def test_split_files_are_loaded_by_the_first_and_bounded(
+    tiny: Tiny,
+    tokenizer: Any,
+    hf_logits: Logits,
+    llama_cpp_logits: Logits,
+    tmp_path: Path,
+) -> None:
+    model = tiny(LlamaConfig)
     report = export(
-        model, WORDS, tmp_path, format="gguf", quant=["f32", "f16"], name="tiny",
+        model, tokenizer, tmp_path, format="gguf", quant=["f32", "f16"], name="tiny",
         max_shard_bytes=90_000,
     )  # fmt: skip
     parts = [f for f in report.files if "F32" in f.path.name]
     assert parts[0].path.name == f"tiny-F32-00001-of-{len(parts):05}.gguf" and len(parts) > 3
-    embedding = 4 * VOCABULARY * 64  # one tensor alone may be larger than a part
+    embedding = 4 * 320 * 64  # one tensor alone may be larger than a part
     assert all(f.bytes < 90_000 + 4096 for f in parts if f.bytes < embedding)
-    truth = logits(model)
-    assert (in_llama_cpp(parts[0].path) - truth).abs().max() < 1e-4 * truth.abs().max()
+    truth = hf_logits(model)
+    assert (llama_cpp_logits(parts[0].path) - truth).abs().max() < 1e-4 * truth.abs().max()
     missing = parts[-1].path
     missing.rename(tmp_path / "elsewhere")
     with pytest.raises(ExportError, match=r"llama\.cpp cannot load"):
-        in_llama_cpp(parts[0].path)
+        llama_cpp_logits(parts[0].path)
 
 
 @pytest.fixture(scope="module")
-def wide() -> Any:
+def wide(tiny: Tiny) -> Any:
     """Columns that are multiples of 256, some of which see inputs ten times larger than others."""
-    model = tiny(hidden_size=256, intermediate_size=256)
+    model = tiny(LlamaConfig, hidden_size=256, intermediate_size=256)
     for layer in model.model.layers:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             norm.weight.data[::16] *= 10.0
@@ -135,60 +127,82 @@ def wide() -> Any:
 
 def batches() -> list[dict[str, torch.Tensor]]:
     torch.manual_seed(5)
-    return [{"input_ids": torch.randint(3, VOCABULARY, (2, 40))} for _ in range(3)]
+    return [{"input_ids": torch.randint(3, 320, (2, 40))} for _ in range(3)]
 
 
-def test_importance_lowers_the_error_of_a_file_measured_or_read(wide: Any, tmp_path: Path) -> None:
+def test_importance_lowers_the_error_of_a_file_measured_or_read(
+    wide: Any,
+    tokenizer: Any,
+    hf_logits: Logits,
+    llama_cpp_logits: Logits,
+    tmp_path: Path,
+) -> None:
     importance = measure_importance(wide, batches(), source="random ids")
-    assert importance.tokens == 240 and len(importance.columns) == 14
+    assert importance.tokens == 240 and len(importance.columns) == 28
     written = export(
-        wide, WORDS, tmp_path, format="gguf", quant=["imatrix", "imatrix_dat"], name="x",
+        wide, tokenizer, tmp_path, format="gguf", quant=["imatrix", "imatrix_dat"], name="x",
         importance=importance,
     )  # fmt: skip
     files = [file.path for file in written.files]
     assert [file.name for file in files] == ["x-imatrix.gguf", "x-imatrix.dat"]
-    truth = logits(wide)
+    truth = hf_logits(wide)
     errors = []
     for i, given in enumerate((None, importance, *files)):
         folder = tmp_path / str(i)
-        report = export(wide, WORDS, folder, format="gguf", quant="q4_k_s", importance=given)
+        report = export(wide, tokenizer, folder, format="gguf", quant="q4_k_s", importance=given)
+        found = llama_cpp_logits(report.files[0].path)
         with LlamaCpp(report.files[0].path) as llama:
-            found = llama.logits(PROMPT)
             source = llama.metadata.get("quantize.imatrix.dataset")
         assert source == (None if given is None else "random ids")
         errors.append(float((found - truth).norm() / truth.norm()))
     assert max(errors[1:]) < 0.95 * errors[0], errors
 
 
-def test_an_importance_file_is_asked_for_only_with_a_measurement(tmp_path: Path) -> None:
+def test_an_importance_file_is_asked_for_only_with_a_measurement(
+    tiny: Tiny,
+    tokenizer: Any,
+    tmp_path: Path,
+) -> None:
     with pytest.raises(ConfigError, match="nothing was"):
-        export(tiny(), WORDS, tmp_path, format="gguf", quant="imatrix")
+        export(tiny(LlamaConfig), tokenizer, tmp_path, format="gguf", quant="imatrix")
 
 
-def test_a_check_of_a_faithful_file_finds_no_difference(tmp_path: Path) -> None:
-    model = tiny()
-    path = export(model, WORDS, tmp_path, format="gguf", quant="f32").files[0].path
-    found = check_gguf(path, model, WORDS, new_tokens=4)
+def test_a_check_of_a_faithful_file_finds_no_difference(
+    tiny: Tiny,
+    tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    model = tiny(LlamaConfig)
+    path = export(model, tokenizer, tmp_path, format="gguf", quant="f32").files[0].path
+    found = check_gguf(path, model, tokenizer, new_tokens=4)
     assert found.other_ids == () and found.kl < 1e-8 and found.top1 == 1.0
     assert found.model_says == found.file_says
     assert "the same token ids on 5 texts" in str(found)
 
 
-def test_a_check_of_another_models_file_finds_it(tmp_path: Path) -> None:
-    path = export(tiny(), WORDS, tmp_path, format="gguf", quant="f32").files[0].path
-    found = check_gguf(path, tiny(rms_norm_eps=1.0), WORDS, new_tokens=1)
+def test_a_check_of_another_models_file_finds_it(
+    tiny: Tiny,
+    tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    path = export(tiny(LlamaConfig), tokenizer, tmp_path, format="gguf", quant="f32").files[0].path
+    found = check_gguf(path, tiny(LlamaConfig, rms_norm_eps=1.0), tokenizer, new_tokens=1)
     assert found.kl > 1e-3 and found.top1 < 1.0
 
 
-def test_a_check_finds_other_token_ids(tmp_path: Path) -> None:
-    path = export(tiny(), WORDS, tmp_path, format="gguf", quant="f32").files[0].path
+def test_a_check_finds_other_token_ids(
+    tiny: Tiny,
+    tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    path = export(tiny(LlamaConfig), tokenizer, tmp_path, format="gguf", quant="f32").files[0].path
 
     class Other:
         def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-            return list(reversed(WORDS.encode(text, add_special_tokens=False)))
+            return list(reversed(tokenizer.encode(text, add_special_tokens=False)))
 
         def decode(self, ids: list[int]) -> str:
-            return WORDS.decode(ids)
+            return tokenizer.decode(ids)
 
-    found = check_gguf(path, tiny(), Other(), texts=["abc def", "x"], new_tokens=1)
+    found = check_gguf(path, tiny(LlamaConfig), Other(), texts=["abc def", "x"], new_tokens=1)
     assert found.other_ids == ("abc def",) and "OTHER TOKEN IDS on 1 of 2" in str(found)

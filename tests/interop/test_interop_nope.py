@@ -5,16 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from hotloop.exporting import export
-from hotloop.exporting.check import LlamaCpp
 from hotloop.loading import load
 from hotloop_core.errors import UnsupportedError
 from hotloop_testkit.numerics import relative_error
-from hotloop_testkit.tiny import tokenizer as byte_tokenizer
-from peft import LoraConfig, get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
     Exaone4Config,
     GemmaConfig,
     LlamaConfig,
@@ -24,24 +19,17 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    import torch
+
+    Tiny = Callable[..., Any]
+    Logits = Callable[..., torch.Tensor]
 
 pytest.importorskip("llama_cpp", reason="needs the interop group: llama-cpp-python")
 
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 16384,
-    "initializer_range": 0.15,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-PROMPT = list(range(3, 60)) * 2
+LONG = {"max_position_embeddings": 16384}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
@@ -60,31 +48,6 @@ NO_WINDOW = {"sliding_window": None, "layer_types": ["full_attention"] * 4}
 FULL = {"sliding_window": None, "layer_types": ["full_attention"] * 64}
 DEEP = {"num_hidden_layers": 64, "hidden_size": 32, "initializer_range": 0.2, "sliding_window": 7}
 """As deep as EXAONE 4.0 32B, by which llama.cpp knows it."""
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return byte_tokenizer(SIZES["vocab_size"])
-
-
-def tiny(config: type[Any], **changes: Any) -> Any:
-    torch.manual_seed(1)
-    made = config(**{**SIZES, **changes})
-    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.3)
-    return model
-
-
-def hf_logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.tensor([PROMPT])).logits[0].float()
-
-
-def llama_cpp_logits(path: Path, base: Path | None = None) -> torch.Tensor:
-    with LlamaCpp(path, base=base) as llama:
-        return llama.logits(PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +73,15 @@ def llama_cpp_logits(path: Path, base: Path | None = None) -> torch.Tensor:
     ],
 )
 def test_a_file_of_unlike_layers_computes_what_transformers_computes(
-    config: type[Any], changes: dict[str, Any], tokenizer: Any, tmp_path: Path
+    config: type[Any],
+    changes: dict[str, Any],
+    tiny: Tiny,
+    tokenizer: Any,
+    hf_logits: Logits,
+    llama_cpp_logits: Logits,
+    tmp_path: Path,
 ) -> None:
-    model = tiny(config, **changes)
+    model = tiny(config, **LONG | changes)
     report = export(model, tokenizer, tmp_path, format="gguf", quant="f32", name="tiny")
     assert not report.notes
     truth, found = hf_logits(model), llama_cpp_logits(report.files[0].path)
@@ -130,20 +99,22 @@ def test_a_file_of_unlike_layers_computes_what_transformers_computes(
     "config, changes", [(SmolLM3Config, {}), (Exaone4Config, NO_WINDOW)], ids=["smollm3", "exaone4"]
 )
 def test_an_adapter_of_unlike_layers_gives_what_peft_computes(
-    config: type[Any], changes: dict[str, Any], tokenizer: Any, tmp_path: Path
+    config: type[Any],
+    changes: dict[str, Any],
+    tiny: Tiny,
+    adapted: Tiny,
+    tokenizer: Any,
+    hf_logits: Logits,
+    llama_cpp_logits: Logits,
+    tmp_path: Path,
 ) -> None:
-    model = tiny(config, **changes)
+    model = tiny(config, **LONG | changes)
     base = export(model, tokenizer, tmp_path, format="gguf", quant="f32", name="base")
     before = hf_logits(model)
-    adapted = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
-    ).eval()
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    truth = hf_logits(adapted)
+    model = adapted(model)
+    truth = hf_logits(model)
     assert relative_error(before, truth) > 0.1
-    report = export(adapted, tokenizer, tmp_path, format="gguf", quant="adapter", name="tiny")
+    report = export(model, tokenizer, tmp_path, format="gguf", quant="adapter", name="tiny")
     found = llama_cpp_logits(report.files[0].path, base=base.files[0].path)
     assert relative_error(found, truth) < 1e-5
 
@@ -170,8 +141,14 @@ def test_an_adapter_of_unlike_layers_gives_what_peft_computes(
     ],
 )
 def test_a_config_that_llama_cpp_cannot_hold_is_refused_by_name(
-    config: type[Any], changes: dict[str, Any], message: str, tokenizer: Any, tmp_path: Path
+    config: type[Any],
+    changes: dict[str, Any],
+    message: str,
+    tiny: Tiny,
+    tokenizer: Any,
+    tmp_path: Path,
 ) -> None:
+    model = tiny(config, **LONG | changes)
     with pytest.raises(UnsupportedError, match=message):
-        export(tiny(config, **changes), tokenizer, tmp_path, format="gguf", quant="f32")
+        export(model, tokenizer, tmp_path, format="gguf", quant="f32")
     assert not list(tmp_path.iterdir())

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from hotloop.exporting import export
-from hotloop.exporting.check import LlamaCpp
 from hotloop.loading import load
-from hotloop_gguf.mixes import MIXES
 from hotloop_testkit.numerics import relative_error
-from hotloop_testkit.tiny import tokenizer as byte_tokenizer
-from peft import LoraConfig, get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
     Glm4Config,
     GlmConfig,
     Olmo2Config,
@@ -25,24 +18,16 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="needs the interop group: llama-cpp-python")
+    import torch
 
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.15,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-PROMPT = list(range(3, 60)) * 2
+    Tiny = Callable[..., Any]
+    Logits = Callable[..., torch.Tensor]
+
+pytest.importorskip("llama_cpp", reason="needs the interop group: llama-cpp-python")
+
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -57,31 +42,6 @@ YARN = {
     "original_max_position_embeddings": 64,
 }
 LOCAL = {"rope_type": "default", "rope_theta": 1e4}
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return byte_tokenizer(SIZES["vocab_size"])
-
-
-def tiny(config: type[Any], **changes: Any) -> Any:
-    torch.manual_seed(1)
-    made = config(**{**SIZES, **changes})
-    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, mean=float(name.endswith("norm.weight")), std=0.3)
-    return model
-
-
-def hf_logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.tensor([PROMPT])).logits[0].float()
-
-
-def llama_cpp_logits(path: Path, base: Path | None = None) -> torch.Tensor:
-    with LlamaCpp(path, base=base) as llama:
-        return llama.logits(PROMPT)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +80,13 @@ def llama_cpp_logits(path: Path, base: Path | None = None) -> torch.Tensor:
     ],
 )
 def test_f32_file_computes_what_transformers_computes(
-    config: type[Any], changes: dict[str, Any], tokenizer: Any, tmp_path: Path
+    config: type[Any],
+    changes: dict[str, Any],
+    tiny: Tiny,
+    tokenizer: Any,
+    hf_logits: Logits,
+    llama_cpp_logits: Logits,
+    tmp_path: Path,
 ) -> None:
     model = tiny(config, **changes)
     report = export(model, tokenizer, tmp_path, format="gguf", quant="f32", name="tiny")
@@ -135,45 +101,30 @@ def test_f32_file_computes_what_transformers_computes(
 
 @pytest.mark.parametrize("config", [Phi3Config, Glm4Config], ids=["phi3", "glm4"])
 def test_each_fused_tensor_has_the_type_that_llama_cpps_quantiser_gives_it(
-    config: type[Any], tokenizer: Any, tmp_path: Path
+    config: type[Any], tiny: Tiny, assert_quantised_as_llama_cpp_does: Callable[[Any], None]
 ) -> None:
-    from gguf import GGUFReader
-
-    def types(path: Path) -> dict[str, str]:
-        return {t.name: t.tensor_type.name for t in GGUFReader(path).tensors}
-
     wide = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 9}
-    model = tiny(config, **wide, head_dim=64, num_key_value_heads=1)
-    quants = [name for name in MIXES if name != "f32"]
-    report = export(model, tokenizer, tmp_path, format="gguf", quant=["f32", *quants], name="tiny")
-    for quant, file in zip(quants, report.files[1:], strict=True):
-        parameters = llama_cpp.llama_model_quantize_default_params()
-        parameters.ftype, parameters.nthread = MIXES[quant].number, 1
-        theirs = tmp_path / "theirs.gguf"
-        failed = llama_cpp.llama_model_quantize(
-            str(report.files[0].path).encode(), str(theirs).encode(), ctypes.byref(parameters)
-        )
-        assert not failed
-        assert types(file.path) == types(theirs), quant
+    assert_quantised_as_llama_cpp_does(tiny(config, **wide, head_dim=64, num_key_value_heads=1))
 
 
 @pytest.mark.parametrize(
     "config", [Phi3Config, GlmConfig, Olmo2Config], ids=["phi3", "glm", "olmo2"]
 )
 def test_an_adapter_s_file_gives_what_peft_computes(
-    config: type[Any], tokenizer: Any, tmp_path: Path
+    config: type[Any],
+    tiny: Tiny,
+    adapted: Tiny,
+    tokenizer: Any,
+    hf_logits: Logits,
+    llama_cpp_logits: Logits,
+    tmp_path: Path,
 ) -> None:
     model = tiny(config, head_dim=16)
     base = export(model, tokenizer, tmp_path, format="gguf", quant="f32", name="base")
     before = hf_logits(model)
-    adapted = get_peft_model(
-        model, LoraConfig(r=4, lora_alpha=16, target_modules="all-linear")
-    ).eval()
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    truth = hf_logits(adapted)
+    model = adapted(model)
+    truth = hf_logits(model)
     assert relative_error(before, truth) > 0.1
-    report = export(adapted, tokenizer, tmp_path, format="gguf", quant="adapter", name="tiny")
+    report = export(model, tokenizer, tmp_path, format="gguf", quant="adapter", name="tiny")
     found = llama_cpp_logits(report.files[0].path, base=base.files[0].path)
     assert relative_error(found, truth) < 1e-5
