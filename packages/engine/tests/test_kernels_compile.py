@@ -53,6 +53,17 @@ def test_attention_fits_the_shared_memory_of_the_card(capability: int, head_size
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(80, "bf16"), (89, "bf16"), (80, "fp32"), (90, "fp32")]
+)
+def test_attention_spills_next_to_no_register(capability: int, dtype: str, head_size: int) -> None:
+    found = taken(capability, f"attention{head_size} {dtype}")
+    assert len(found) == 4
+    assert all(one["stack"] <= 64 for one in found.values()), found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["norms", "rope", "rows", "weights"])
 @pytest.mark.parametrize("capability", [75, 80, 89, 90])
 def test_an_op_fits_the_shared_memory_of_the_card(capability: int, part: str) -> None:
@@ -197,14 +208,14 @@ def weights(dtype: torch.dtype) -> None:
 def attention(head_size: int, dtype: torch.dtype) -> None:
     """Forward and backward with a window and a soft cap, the most that they hold."""
     from hotloop_engine.attention import Sequences, kernel
-    from hotloop_engine.attention.interface import Options
+    from hotloop_engine.attention.interface import Inputs
 
     q, k = (empty(256, heads, head_size, dtype=dtype) for heads in (4, 2))
-    options = Options(scale=0.1, window=48, softcap=50.0, deterministic=True)
     sequences = Sequences.dense(4, 64, "cpu")
+    inputs = Inputs(q, k, k, sequences, scale=0.1, window=48, softcap=50.0, deterministic=True)
     with mock.patch.object(kernel, "_is_hopper", lambda _: Compiled.capability == 90):
-        lse = kernel.attention_forward(q, k, k, q, sequences, options)
-        kernel.attention_backward(q, q, k, k, q, lse, q, k, k, sequences, options)
+        lse = kernel.attention_forward(inputs, q)
+        kernel.attention_backward(inputs, q, q, lse, (q, k, k))
 
 
 class Compiled:
@@ -255,7 +266,8 @@ def main(capability: int, part: str) -> None:
         mock.patch.object(gradients, "multiprocessors", lambda _: MULTIPROCESSORS[capability]),
     ):
         if part.startswith("attention"):
-            attention(int(part.removeprefix("attention")), dtype)
+            head_size, _, kind = part.removeprefix("attention").partition(" ")
+            attention(int(head_size), torch.float32 if kind == "fp32" else dtype)
         else:
             {"norms": norms, "rope": rope, "rows": rows, "weights": weights}[part](dtype)
     print(json.dumps(Compiled.found))

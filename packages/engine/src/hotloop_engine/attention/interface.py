@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -138,14 +138,24 @@ class Capability:
         return None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What a backend's two passes are told beside the tensors; fields as those of `Request`."""
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What both passes of a backend are given; the options mean what they mean in `Request`."""
 
+    q_THK: Tensor
+    k_TGK: Tensor
+    v_TGK: Tensor
+    sequences: Sequences
+    _: KW_ONLY
     scale: float
     window: int | None
     softcap: float | None
     deterministic: bool
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(q_THK, k_TGK, v_TGK)."""
+        return self.q_THK, self.k_TGK, self.v_TGK
 
 
 class Backend(ABC):
@@ -191,11 +201,15 @@ class Backend(ABC):
             NoImplementationError: it cannot do what is asked; `choose` finds one that can.
 
         """
-        options = self._options(q_THK, k_TGK, sequences, scale, window, softcap, deterministic)
+        given = Inputs(
+            q_THK, k_TGK, v_TGK, sequences,
+            scale=scale, window=window, softcap=softcap, deterministic=deterministic,
+        )  # fmt: skip
+        inputs = self._accepted(given)
         if sequences.tokens == 0:
             o_THK = torch.empty_like(q_THK) if out is None else out
             return o_THK, q_THK.new_empty(q_THK.shape[1], 0, dtype=torch.float32)
-        o_THK, lse = self._forward(q_THK, k_TGK, v_TGK, sequences, options, out)
+        o_THK, lse = self._forward(inputs, out)
         return into(o_THK, out), lse
 
     def backward(
@@ -220,56 +234,34 @@ class Backend(ABC):
             NoImplementationError: as forward.
 
         """
-        options = self._options(q_THK, k_TGK, sequences, scale, window, softcap, deterministic)
+        given = Inputs(
+            q_THK, k_TGK, v_TGK, sequences,
+            scale=scale, window=window, softcap=softcap, deterministic=deterministic,
+        )  # fmt: skip
+        inputs = self._accepted(given)
         if sequences.tokens == 0:
-            found = tuple(torch.empty_like(x) for x in (q_THK, k_TGK, v_TGK))
+            found = tuple(torch.empty_like(x) for x in inputs.qkv)
         else:
-            found = self._backward(do_THK, q_THK, k_TGK, v_TGK, o_THK, lse, sequences, options, out)
+            found = self._backward(inputs, do_THK, o_THK, lse, out)
         dq, dk, dv = (into(x, target) for x, target in zip(found, out or (None,) * 3, strict=True))
         return dq, dk, dv
 
-    def _options(
-        self,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        sequences: Sequences,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        deterministic: bool,
-    ) -> Options:
+    def _accepted(self, given: Inputs) -> Inputs:
+        """The same, without a window that no sequence outgrows."""
         asked = request(
-            q_THK, k_TGK, sequences, window=window, softcap=softcap, deterministic=deterministic
-        )
-        require(self, asked, q_THK.device)
-        return Options(
-            scale=scale, window=asked.window, softcap=softcap, deterministic=deterministic
-        )
+            given.q_THK, given.k_TGK, given.sequences,
+            window=given.window, softcap=given.softcap, deterministic=given.deterministic,
+        )  # fmt: skip
+        require(self, asked, given.q_THK.device)
+        return replace(given, window=asked.window)
 
     @abstractmethod
-    def _forward(
-        self,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:
         """As forward, for an accepted request and one token or more; may leave `out` unused."""
 
     @abstractmethod
     def _backward(
-        self,
-        do_THK: Tensor,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        o_THK: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Gradients | None,
+        self, inputs: Inputs, do_THK: Tensor, o_THK: Tensor, lse: Tensor, out: Gradients | None
     ) -> Gradients:
         """As backward, for an accepted request and one token or more; may leave `out` unused."""
 

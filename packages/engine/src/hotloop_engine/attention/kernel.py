@@ -28,8 +28,10 @@ from torch import Tensor
 
 from hotloop_engine.ops.kernel import FUSED, INTERPRETED
 
+from .interface import unit_stride
+
 if TYPE_CHECKING:
-    from .interface import Options
+    from .interface import Gradients, Inputs
     from .sequences import Sequences
 
 QUICK_CAP = 1000.0
@@ -362,42 +364,31 @@ def _backward_dkv(
         tl.store(dv_pointers, dv.to(DV.dtype.element_ty), mask=inside)
 
 
-def attention_forward(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
-    o_THK: Tensor,
-    sequences: Sequences,
-    options: Options,
-) -> Tensor:
-    """Writes o_THK; returns lse_HT, fp32. Last strides 1, the others arbitrary."""
+def attention_forward(inputs: Inputs, o_THK: Tensor) -> Tensor:
+    """Writes o_THK, whose last stride is 1 and the others arbitrary; returns lse_HT, fp32."""
+    sequences = inputs.sequences
+    q_THK, k_TGK, v_TGK = (unit_stride(x) for x in inputs.qkv)
     tokens, heads, head_size = q_THK.shape
     lse_HT = torch.empty(heads, tokens, dtype=torch.float32, device=q_THK.device)
     tile = launches(head_size, q_THK.element_size(), _is_hopper(q_THK.device)).forward
     _forward[_tiles(sequences, tile.queries), heads](
         q_THK, k_TGK, v_TGK, o_THK, lse_HT, sequences.cu_seqlens, sequences.count, tokens,
         *_strides(q_THK, k_TGK, v_TGK, o_THK),
-        **_constants(q_THK, k_TGK, sequences, options), **tile.arguments(),
+        **_constants(inputs), **tile.arguments(),
     )  # fmt: skip
     return lse_HT
 
 
 def attention_backward(
-    do_THK: Tensor,
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
-    o_THK: Tensor,
-    lse_HT: Tensor,
-    dq_THK: Tensor,
-    dk_TGK: Tensor,
-    dv_TGK: Tensor,
-    sequences: Sequences,
-    options: Options,
+    inputs: Inputs, do_THK: Tensor, o_THK: Tensor, lse_HT: Tensor, gradients: Gradients
 ) -> None:
-    """Writes dq, dk and dv. Last strides 1, the others arbitrary; lse_HT as forward returned it."""
+    """Writes the gradients, last strides 1 and the others arbitrary; lse_HT as forward returned it."""
+    sequences = inputs.sequences
+    q_THK, k_TGK, v_TGK = (unit_stride(x) for x in inputs.qkv)
+    do_THK, o_THK = unit_stride(do_THK), unit_stride(o_THK)
+    dq_THK, dk_TGK, dv_TGK = gradients
     tokens, heads, head_size = q_THK.shape
-    constants = _constants(q_THK, k_TGK, sequences, options)
+    constants = _constants(inputs)
     delta_HT = torch.empty_like(lse_HT)
     _delta[triton.cdiv(tokens, 64), heads](
         do_THK, o_THK, delta_HT, tokens, *_strides(do_THK, o_THK),
@@ -425,20 +416,18 @@ def _strides(*tensors_TXK: Tensor) -> list[int]:
     return [stride for tensor in tensors_TXK for stride in tensor.stride()[:2]]
 
 
-def _constants(
-    q_THK: Tensor, k_TGK: Tensor, sequences: Sequences, options: Options
-) -> dict[str, int | float | str]:
-    head_size, cap = q_THK.shape[2], options.softcap
-    exact = cap is not None and (cap > QUICK_CAP or q_THK.dtype == torch.float32)
+def _constants(inputs: Inputs) -> dict[str, int | float | str]:
+    (_, heads, head_size), cap = inputs.q_THK.shape, inputs.softcap
+    exact = cap is not None and (cap > QUICK_CAP or inputs.q_THK.dtype == torch.float32)
     return {
-        "scale": options.scale,
+        "scale": inputs.scale,
         "cap": cap or 1.0,
-        "GROUP": q_THK.shape[1] // k_TGK.shape[1],
+        "GROUP": heads // inputs.k_TGK.shape[1],
         "K": head_size,
         "K2": max(16, triton.next_power_of_2(head_size)),
-        "WINDOW": options.window or 0,
+        "WINDOW": inputs.window or 0,
         "CAP": "" if cap is None else "exact" if exact else "quick",
-        "STEPS": (sequences.count - 1).bit_length(),
+        "STEPS": (inputs.sequences.count - 1).bit_length(),
         **FUSED,
     }
 
@@ -468,7 +457,7 @@ class Launches(NamedTuple):
 
 @functools.cache
 def launches(head_size: int, element_size: int, hopper: bool) -> Launches:
-    """Tiles by the bytes of a head's row.
+    """Tiles by the size of a head and of its elements.
 
     Elsewhere than on Hopper at most 99 KB of shared memory, what the small cards have. On Hopper a
     warp group multiplies 64 rows at a time (wgmma): 64 for four warps, 128 for eight; fewer fall
@@ -478,27 +467,31 @@ def launches(head_size: int, element_size: int, hopper: bool) -> Launches:
     instructions a score and 2 spilled loads at most (heads of 256, dk and dv together in 32 x 32:
     77). `benchmarks/tune_attention.py` measures others.
 
-    Products in full fp32 are unrolled into scalar code: larger tiles take minutes to compile.
+    The others are chosen by what Triton 3.6 makes for sm_80 and sm_89, in fp32 for sm_90 too, and
+    are not measured: eight warps where four would spill. A thread spills 12 registers at most, but
+    for dk and dv of heads of 256 in 16 bits on sm_80: 38 (on sm_89 none).
+
+    Products in full fp32 are unrolled into scalar code that holds whole rows of both operands in
+    registers: a tile of 64 x 64 spills hundreds of them and takes a minute to compile.
     """
     if INTERPRETED:  # several tiles and both kinds of edge at small sizes
         small = Tile(32, 16, 4, 1)
         return Launches(small, small, small, apart=head_size >= 128)
-    row_bytes = head_size * element_size
-    if hopper and element_size == 2:
-        if row_bytes <= 128:
+    if element_size == 4:
+        queries, keys = (32, 32) if head_size <= 64 else (32, 16) if head_size <= 128 else (16, 16)
+        tile = Tile(queries, keys, 8, 2)
+        return Launches(tile, tile, tile)
+    if hopper:
+        if head_size <= 64:
             return Launches(Tile(128, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 64, 4, 2))
-        if row_bytes <= 256:
+        if head_size <= 128:
             return Launches(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2), Tile(64, 64, 4, 2))
         tall = Tile(32, 128, 8, 2)
         return Launches(Tile(128, 64, 8, 2), tall, Tile(128, 32, 8, 2), apart=True)
-    if row_bytes <= 256:
-        square = Tile(64, 64, 4, 2)
-        return Launches(Tile(128, 64, 8, 2), square, square)
-    if row_bytes <= 512:
-        square = Tile(32, 32, 4, 2)
-        return Launches(Tile(64, 32, 4, 2), square, square)
-    square = Tile(16, 16, 4, 2)
-    return Launches(Tile(32, 16, 4, 2), square, square)
+    if head_size <= 128:
+        forward = Tile(128, 64 if head_size <= 64 else 32, 8, 2)
+        return Launches(forward, Tile(32, 64, 8, 2), Tile(64, 64, 8, 2))
+    return Launches(Tile(64, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 4, 2))
 
 
 @functools.cache

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hotloop_engine.attention.interface import (
-    HALF,
-    Backend,
-    Capability,
-    Gradients,
-    Options,
-    aligned,
-)
+from hotloop_engine.attention.interface import HALF, Backend, Capability, Gradients, Inputs, aligned
 
 if TYPE_CHECKING:
     from hotloop_engine.attention.sequences import Sequences
@@ -42,54 +35,37 @@ class Cudnn(Backend):
         deterministic=False,
     )
 
-    def _forward(
-        self,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:
         o_BHSK, lse_BHS, *_ = _aten._scaled_dot_product_cudnn_attention(
-            *(_dense(aligned(x), sequences) for x in (q_THK, k_TGK, v_TGK)),
+            *(_dense(aligned(x), inputs.sequences) for x in inputs.qkv),
             None,
             True,
             0.0,
             True,
             False,
-            scale=options.scale,
+            scale=inputs.scale,
         )
         return _flat(o_BHSK), lse_BHS
 
     def _backward(
-        self,
-        do_THK: Tensor,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        o_THK: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Gradients | None,
+        self, inputs: Inputs, do_THK: Tensor, o_THK: Tensor, lse: Tensor, out: Gradients | None
     ) -> Gradients:
-        no_seed = torch.zeros(1, dtype=torch.int64, device=q_THK.device)
+        no_seed = torch.zeros(1, dtype=torch.int64, device=inputs.q_THK.device)
         found = _aten._scaled_dot_product_cudnn_attention_backward(
-            _dense(do_THK.contiguous(), sequences),
-            *(_dense(aligned(x), sequences) for x in (q_THK, k_TGK, v_TGK)),
-            _dense(o_THK.contiguous(), sequences),
+            _dense(do_THK.contiguous(), inputs.sequences),
+            *(_dense(aligned(x), inputs.sequences) for x in inputs.qkv),
+            _dense(o_THK.contiguous(), inputs.sequences),
             lse,
             no_seed,
             no_seed,
             None,  # bias
             None,  # offsets of a packed batch
             None,
-            sequences.longest,
-            sequences.longest,
+            inputs.sequences.longest,
+            inputs.sequences.longest,
             0.0,
             True,
-            scale=options.scale,
+            scale=inputs.scale,
         )
         dq, dk, dv = (_flat(x) for x in found)
         return dq, dk, dv

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from hotloop_engine.attention.interface import Backend, Capability, Gradients, Options, aligned
-
-if TYPE_CHECKING:
-    from hotloop_engine.attention.sequences import Sequences
+from hotloop_engine.attention.interface import Backend, Capability, Gradients, Inputs, aligned
 
 _aten = torch.ops.aten
 _CAUSAL = 1  # its number for a mask aligned at the top left of each sequence
@@ -33,61 +28,44 @@ class Efficient(Backend):
         softcap=False,
     )
 
-    def _forward(
-        self,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:
         o_1THK, lse_BHS, *_ = _aten._efficient_attention_forward(
-            *_repeated(q_THK, k_TGK, v_TGK),
+            *_repeated(*inputs.qkv),
             None,
-            sequences.cu_seqlens,
-            sequences.cu_seqlens,
-            sequences.longest,
-            sequences.longest,
+            inputs.sequences.cu_seqlens,
+            inputs.sequences.cu_seqlens,
+            inputs.sequences.longest,
+            inputs.sequences.longest,
             0.0,
             _CAUSAL,
             True,
-            scale=options.scale,
+            scale=inputs.scale,
         )
         return o_1THK[0], lse_BHS
 
     def _backward(
-        self,
-        do_THK: Tensor,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        o_THK: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Gradients | None,
+        self, inputs: Inputs, do_THK: Tensor, o_THK: Tensor, lse: Tensor, out: Gradients | None
     ) -> Gradients:
-        unused = torch.zeros((), dtype=torch.int64, device=q_THK.device)
+        unused = torch.zeros((), dtype=torch.int64, device=inputs.q_THK.device)
         dq, dk, dv, _ = _aten._efficient_attention_backward(
             do_THK.contiguous()[None],
-            *_repeated(q_THK, k_TGK, v_TGK),
+            *_repeated(*inputs.qkv),
             None,
             o_THK.contiguous()[None],
-            sequences.cu_seqlens,
-            sequences.cu_seqlens,
-            sequences.longest,
-            sequences.longest,
+            inputs.sequences.cu_seqlens,
+            inputs.sequences.cu_seqlens,
+            inputs.sequences.longest,
+            inputs.sequences.longest,
             lse,
             0.0,
             unused,
             unused,
             _CAUSAL,
             False,
-            scale=options.scale,
-            num_splits_key=1 if options.deterministic else None,
+            scale=inputs.scale,
+            num_splits_key=1 if inputs.deterministic else None,
         )
-        return dq[0], _summed(dk[0], k_TGK), _summed(dv[0], v_TGK)
+        return dq[0], _summed(dk[0], inputs.k_TGK), _summed(dv[0], inputs.v_TGK)
 
 
 def _repeated(q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from hotloop_engine.attention.interface import (
     Backend,
     Capability,
     Gradients,
-    Options,
+    Inputs,
     Request,
     aligned,
     is_aligned,
@@ -47,41 +47,24 @@ class FlashAttention4(Backend):
             return f"head sizes to 128 on this card, not {request.head_size}"
         return None
 
-    def _forward(
-        self,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:
         from flash_attn.cute.interface import (  # pyright: ignore[reportMissingImports]
             _flash_attn_fwd,
         )
 
         o_THK, lse_HT, *_ = _flash_attn_fwd(
-            *(aligned(x) for x in (q_THK, k_TGK, v_TGK)),
-            **_layout(sequences),
-            softmax_scale=options.scale,
-            softcap=options.softcap,
-            **_visible(options),
+            *(aligned(x) for x in inputs.qkv),
+            **_layout(inputs.sequences),
+            softmax_scale=inputs.scale,
+            softcap=inputs.softcap,
+            **_visible(inputs),
             return_lse=True,
             out=out if out is not None and is_aligned(out) else None,
         )
         return o_THK, lse_HT
 
     def _backward(
-        self,
-        do_THK: Tensor,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        o_THK: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Gradients | None,
+        self, inputs: Inputs, do_THK: Tensor, o_THK: Tensor, lse: Tensor, out: Gradients | None
     ) -> Gradients:
         from flash_attn.cute.interface import (  # pyright: ignore[reportMissingImports]
             _flash_attn_bwd,
@@ -89,13 +72,13 @@ class FlashAttention4(Backend):
 
         targets = [x if is_aligned(x) else None for x in out] if out else [None] * 3
         dq_THK, dk_TGK, dv_TGK = _flash_attn_bwd(
-            *(aligned(x) for x in (q_THK, k_TGK, v_TGK, o_THK, do_THK)),
+            *(aligned(x) for x in (*inputs.qkv, o_THK, do_THK)),
             lse,
-            **_layout(sequences),
-            softmax_scale=options.scale,
-            softcap=options.softcap or 0.0,
-            **_visible(options),
-            deterministic=options.deterministic,
+            **_layout(inputs.sequences),
+            softmax_scale=inputs.scale,
+            softcap=inputs.softcap or 0.0,
+            **_visible(inputs),
+            deterministic=inputs.deterministic,
             dq=targets[0],
             dk=targets[1],
             dv=targets[2],
@@ -112,8 +95,8 @@ def _layout(sequences: Sequences) -> dict[str, Tensor | int]:
     }
 
 
-def _visible(options: Options) -> dict[str, int | bool | None]:
-    if options.window is None:
+def _visible(inputs: Inputs) -> dict[str, int | bool | None]:
+    if inputs.window is None:
         return {"causal": True, "window_size_left": None, "window_size_right": None}
     # Their window counts the tokens before this one, ours includes it.
-    return {"causal": False, "window_size_left": options.window - 1, "window_size_right": 0}
+    return {"causal": False, "window_size_left": inputs.window - 1, "window_size_right": 0}

@@ -13,15 +13,13 @@ from hotloop_engine.attention.interface import (
     Backend,
     Capability,
     Gradients,
-    Options,
+    Inputs,
     Request,
     aligned,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from hotloop_engine.attention.sequences import Sequences
 
 _aten = torch.ops.aten
 # Its backward for large heads needs more shared memory than these cards have.
@@ -49,65 +47,48 @@ class Flash(Backend):
             return f"no backward for head size {request.head_size} on this card"
         return None
 
-    def _forward(
-        self,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:
         o_THK, lse_HT, *_ = _aten._flash_attention_forward(
-            *(aligned(x) for x in (q_THK, k_TGK, v_TGK)),
-            sequences.cu_seqlens,
-            sequences.cu_seqlens,
-            sequences.longest,
-            sequences.longest,
+            *(aligned(x) for x in inputs.qkv),
+            inputs.sequences.cu_seqlens,
+            inputs.sequences.cu_seqlens,
+            inputs.sequences.longest,
+            inputs.sequences.longest,
             0.0,
-            options.window is None,
+            inputs.window is None,
             False,
-            scale=options.scale,
-            **_window(options),
+            scale=inputs.scale,
+            **_window(inputs),
         )
         return o_THK, lse_HT
 
     def _backward(
-        self,
-        do_THK: Tensor,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        o_THK: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Gradients | None,
+        self, inputs: Inputs, do_THK: Tensor, o_THK: Tensor, lse: Tensor, out: Gradients | None
     ) -> Gradients:
-        unused_rng = torch.zeros(2, dtype=torch.uint64, device=q_THK.device)
-        unused = torch.empty(0, device=q_THK.device)
-        with _determinism(options.deterministic):
+        unused_rng = torch.zeros(2, dtype=torch.uint64, device=inputs.q_THK.device)
+        unused = torch.empty(0, device=inputs.q_THK.device)
+        with _determinism(inputs.deterministic):
             return _aten._flash_attention_backward(
                 do_THK.contiguous(),
-                *(aligned(x) for x in (q_THK, k_TGK, v_TGK)),
+                *(aligned(x) for x in inputs.qkv),
                 o_THK.contiguous(),
                 lse,
-                sequences.cu_seqlens,
-                sequences.cu_seqlens,
-                sequences.longest,
-                sequences.longest,
+                inputs.sequences.cu_seqlens,
+                inputs.sequences.cu_seqlens,
+                inputs.sequences.longest,
+                inputs.sequences.longest,
                 0.0,
-                options.window is None,
+                inputs.window is None,
                 unused_rng,
                 unused,
-                scale=options.scale,
-                **_window(options),
+                scale=inputs.scale,
+                **_window(inputs),
             )
 
 
-def _window(options: Options) -> dict[str, int]:
+def _window(inputs: Inputs) -> dict[str, int]:
     # Theirs counts the tokens before this one; -1 is no limit.
-    left = -1 if options.window is None else options.window - 1
+    left = -1 if inputs.window is None else inputs.window - 1
     return {"window_size_left": left, "window_size_right": 0}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hotloop_engine.attention.interface import Backend, Capability, Gradients, Options, unit_stride
+from hotloop_engine.attention.interface import Backend, Capability, Gradients, Inputs, unit_stride
 
 if TYPE_CHECKING:
     from hotloop_engine.attention.sequences import Sequences
@@ -27,47 +27,30 @@ class SdpaCpu(Backend):
         softcap=False,
     )
 
-    def _forward(
-        self,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:
+        q_THK = inputs.q_THK
         o_THK = q_THK.new_empty(q_THK.shape) if out is None else out
         wide = torch.float64 if q_THK.dtype == torch.float64 else torch.float32
         lse_TH = q_THK.new_empty(q_THK.shape[:2], dtype=wide)
-        for rows, shape in _batches(sequences):
-            q, k, v = (_heads_first(unit_stride(x[rows]), shape) for x in (q_THK, k_TGK, v_TGK))
+        for rows, shape in _batches(inputs.sequences):
+            q, k, v = (_heads_first(unit_stride(x[rows]), shape) for x in inputs.qkv)
             o_BHSK, lse_BHS = _aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, True, scale=options.scale
+                q, k, v, 0.0, True, scale=inputs.scale
             )
             o_THK[rows] = o_BHSK.transpose(1, 2).flatten(0, 1)
             lse_TH[rows] = lse_BHS.transpose(1, 2).flatten(0, 1)
         return o_THK, lse_TH
 
     def _backward(
-        self,
-        do_THK: Tensor,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        o_THK: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Gradients | None,
+        self, inputs: Inputs, do_THK: Tensor, o_THK: Tensor, lse: Tensor, out: Gradients | None
     ) -> Gradients:
-        targets = out or tuple(x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
-        for rows, shape in _batches(sequences):
+        targets = out or tuple(x.new_empty(x.shape) for x in inputs.qkv)
+        for rows, shape in _batches(inputs.sequences):
             do, q, k, v, o = (
-                _heads_first(unit_stride(x[rows]), shape)
-                for x in (do_THK, q_THK, k_TGK, v_TGK, o_THK)
+                _heads_first(unit_stride(x[rows]), shape) for x in (do_THK, *inputs.qkv, o_THK)
             )
             found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                do, q, k, v, o, _heads_first(lse[rows], shape), 0.0, True, scale=options.scale
+                do, q, k, v, o, _heads_first(lse[rows], shape), 0.0, True, scale=inputs.scale
             )
             for target, dx_BHSK in zip(targets, found, strict=True):
                 target[rows] = dx_BHSK.transpose(1, 2).flatten(0, 1)

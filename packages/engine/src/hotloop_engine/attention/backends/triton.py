@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from hotloop_engine.attention.interface import (
-    Backend,
-    Capability,
-    Gradients,
-    Options,
-    Request,
-    unit_stride,
-)
-
-if TYPE_CHECKING:
-    from hotloop_engine.attention.sequences import Sequences
+from hotloop_engine.attention.interface import Backend, Capability, Gradients, Inputs, Request
 
 
 class Triton(Backend):
@@ -51,39 +39,17 @@ class Triton(Backend):
             return "Triton's interpreter multiplies bfloat16 wrongly"
         return None
 
-    def _forward(
-        self,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:
         from hotloop_engine.attention.kernel import attention_forward
 
-        o_THK = q_THK.new_empty(q_THK.shape) if out is None else out
-        q_THK, k_TGK, v_TGK = (unit_stride(x) for x in (q_THK, k_TGK, v_TGK))
-        lse_HT = attention_forward(q_THK, k_TGK, v_TGK, o_THK, sequences, options)
-        return o_THK, lse_HT
+        o_THK = inputs.q_THK.new_empty(inputs.q_THK.shape) if out is None else out
+        return o_THK, attention_forward(inputs, o_THK)
 
     def _backward(
-        self,
-        do_THK: Tensor,
-        q_THK: Tensor,
-        k_TGK: Tensor,
-        v_TGK: Tensor,
-        o_THK: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        options: Options,
-        out: Gradients | None,
+        self, inputs: Inputs, do_THK: Tensor, o_THK: Tensor, lse: Tensor, out: Gradients | None
     ) -> Gradients:
         from hotloop_engine.attention.kernel import attention_backward
 
-        dq, dk, dv = out or (x.new_empty(x.shape) for x in (q_THK, k_TGK, v_TGK))
-        do_THK, q_THK, k_TGK, v_TGK, o_THK = (
-            unit_stride(x) for x in (do_THK, q_THK, k_TGK, v_TGK, o_THK)
-        )
-        attention_backward(do_THK, q_THK, k_TGK, v_TGK, o_THK, lse, dq, dk, dv, sequences, options)
+        dq, dk, dv = out or (x.new_empty(x.shape) for x in inputs.qkv)
+        attention_backward(inputs, do_THK, o_THK, lse, (dq, dk, dv))
         return dq, dk, dv
