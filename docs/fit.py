@@ -23,6 +23,9 @@ SHAPES = json.loads((ROOT / "benchmarks" / "shapes.json").read_text(encoding="ut
 HISTORY = ROOT / "benchmarks" / "history" / "yardstick.jsonl"
 GIB = 2**30
 HOST = "100GiB"
+HOSTS = {"h100-8": "98.6GiB"}
+"""What a run's host could pin, where its plans took nearly all: with it they come out as they ran."""
+
 COMMON: dict[str, Any] = {"card": "H100", "lora": 16, "host": HOST}
 
 PUBLISHED_GB = {
@@ -167,7 +170,7 @@ def predictions() -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, row, made in predicted():
-        tensors = made.peak_bytes - made.memory["allocator slack"]
+        tensors = planned_tensors(made)
         step = _seconds(made)
         table.append(
             f"| {name} | {tensors / GIB:.2f} GiB | {_off(row['peak_gib'], tensors / GIB)} "
@@ -186,21 +189,30 @@ def predicted() -> list[tuple[str, Row, Plan]]:
         known = "placements" in row or (not row.get("ckpt", True) and not row.get("vram"))
         if row.get("model") not in SHAPES or not known or "step_s" not in row:
             continue
-        made = plan(
-            SHAPES[row["model"]],
-            tokens=row["batch"] * row["seq"],
-            longest=row["seq"],
-            bits=row["bits"],
-            placements=row.get("placements", "keep"),
-            vram=f"{row['vram']}GiB" if row.get("vram") else "78.5GiB",
-            **COMMON,
-        )
+        made = _as_it_ran(row)
         how = {"keep": "all kept", None: "planned"}.get(row.get("placements", "keep"), "chosen")
         under = f" under {row['vram']:g} GiB" if row.get("vram") else ""
         bits = "QLoRA" if row["bits"] == 4 else "LoRA, 16-bit base"
         name = f"{row['model']}, {bits}, {row['batch']} x {row['seq']:,}, {how}{under}"
         last[name] = row, made
     return [(name, row, made) for name, (row, made) in last.items()]
+
+
+def _as_it_ran(row: Row) -> Plan:
+    """As `load` placed the weights, for one sequence; then the batch with adapters and weights there."""
+    host = f"{row['host_limit_gib']}GiB" if "host_limit_gib" in row else HOSTS.get(row["run"], HOST)
+    common = {**COMMON, "host": host, "bits": row["bits"]}
+    common |= {"placements": row.get("placements", "keep"), "longest": row["seq"]}
+    common |= {"vram": f"{row['vram']}GiB" if row.get("vram") else "78.5GiB"}
+    shape, homes = SHAPES[row["model"]], None
+    if common["placements"] is None:
+        homes = plan(shape, tokens=row["seq"], **{**common, "lora": row.get("expected_rank")})
+    return plan(shape, tokens=row["batch"] * row["seq"], homes=homes, **common)
+
+
+def planned_tensors(made: Plan) -> int:
+    """Bytes of tensors at the peak of a step of one batch, as the yardstick's are."""
+    return made.peak_bytes - made.memory["allocator slack"] - made.unaccumulated
 
 
 def _seconds(made: Plan) -> float:

@@ -318,6 +318,22 @@ def test_a_model_is_measured_with_its_adapters(tiny_llama):
     assert found["weights"] == before.memory["weights"]
 
 
+def test_a_config_that_leaves_out_what_its_family_defaults_is_planned():
+    sizes = {k: v for k, v in LLAMA_8B.items() if k not in ("rope_theta", "hidden_act")}
+    for spec in discover().families:
+        for model_type in spec.model_types:
+            config = {
+                **sizes,
+                "model_type": model_type,
+                "num_hidden_layers": 2,
+                "sliding_window": 8,
+            }
+            made = plan(
+                config, tokens=64, lora={next(iter(facts_of(spec, config).linear_shapes())): 8}
+            )
+            assert len(made.layers) == 2
+
+
 def test_a_path_may_name_the_config_itself(tmp_path):
     config = {
         "model_type": "llama",
@@ -377,6 +393,7 @@ def test_the_ranks_of_a_model_are_read_from_its_adapters():
         *({"tokens": n} for n in ("4096", 1.5, True, None, 2**40)),
         *({"longest": n} for n in (0, 4097, "x")),
         *({"lora": rank} for rank in ("16", 1.5, True, [16], {"q": 1.5})),
+        *({"lora": rank} for rank in (10**9, 10**30)),
         {"lora": 8, "bits": 16, "full_finetuning": True},
         {"dtype": "int8"},
         {"placements": ["keep"]},

@@ -31,10 +31,26 @@ def h100(**options):
         ("1.5TiB", 1536 * GIB),
         ("512mib", 2**29),
         (1000, 1000),
+        ("25769803776", 24 * GIB),
     ],
 )
 def test_amounts_of_memory_are_read(text, size):
     assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["24", "0", "0GiB", "-3GiB", "24 GiBs", "1e9", "", True, None, 1.5, 2**70, "9" * 400 + "GiB"],
+)
+def test_what_is_no_amount_of_memory_is_refused(text):
+    with pytest.raises(ConfigError, match="not an amount of memory; expected such as '24GiB'"):
+        parse_bytes(text)
+
+
+def test_no_host_memory_at_all_may_be_asked_for():
+    for host in (0, "0", "0GiB"):
+        assert h100(vram="12GiB", host=host).host_bytes == 0
+    assert h100(vram="12GiB").host_bytes > 0
 
 
 @pytest.mark.parametrize(
@@ -59,6 +75,9 @@ def test_a_card_may_be_given_by_its_numbers():
     assert (card.gemm_tflops, card.copy_gbs) == (known.gemm_tflops, known.copy_gbs)
     assert card.link_gbs == 25
     assert 23 * GIB < card.memory < 24 * GIB
+    assert find_card("24GiB,165TFLOPS,1008GB/s,25GB/s") == card
+    with pytest.raises(ConfigError, match="CUDA context"):
+        find_card("0.5GB,1TFLOP/s,1GB/s,1GB/s")
     with pytest.raises(ConfigError, match="24GiB,165TFLOP/s"):
         find_card("24GiB,fast")
 

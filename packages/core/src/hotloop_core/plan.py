@@ -171,6 +171,7 @@ class Plan:
     embedding_on_host, head_on_host: where these two weights live; of the first only the rows of a batch
     travel, the second travels once a loss.
     host_memory: pinned bytes, by name: "activations", "weights", "embedding", "head".
+    unaccumulated: bytes by which the peak is lower in a step of one batch, without gradient accumulation.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -186,6 +187,7 @@ class Plan:
     embedding_on_host: bool = False
     head_on_host: bool = False
     host_memory: Mapping[str, int] = field(default_factory=dict[str, int])
+    unaccumulated: int = 0
 
     @property
     def peak_bytes(self) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,8 +16,6 @@ from hotloop.training.run import Run
 from hotloop_core.errors import OutputExistsError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hotloop.training.recipe import Recipe
 
 
@@ -28,7 +29,9 @@ def test_a_second_run_into_the_same_directory_is_refused_and_the_first_is_left_a
             (directory.path / "of_the_first").touch()
             with pytest.raises(OutputExistsError, match="another process trains into"):
                 run.train()
-        with pytest.raises(OutputExistsError, match="Go on with that run"):  # it ended meanwhile
+        with pytest.raises(
+            OutputExistsError, match="no whole checkpoint yet"
+        ):  # it ended meanwhile
             run.train()
     assert (directory.path / "of_the_first").is_file()
 
@@ -44,6 +47,83 @@ def test_the_lock_goes_with_the_process_that_is_killed(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     with RunDirectory(tmp_path / "run").locked():
         pass
+
+
+class KilledError(BaseException):
+    """Nothing catches it, as nothing catches SIGKILL."""
+
+
+@pytest.fixture
+def half_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is killed when it has removed half of a folder's files."""
+
+    def killed(path: Path, **_: object) -> None:
+        files = sorted(Path(path).rglob("*.bin"))
+        for file in files[: len(files) // 2]:
+            file.unlink()
+        if files:
+            raise KilledError
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+
+
+def of_two_files(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name in ("a.bin", "b.bin"):
+        (folder / name).write_bytes(b"whole")
+
+
+@pytest.mark.usefixtures("half_removed")
+def test_a_folder_that_is_replaced_is_never_there_in_part(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    directory.save_folder(directory.adapter, of_two_files)
+    with pytest.raises(KilledError):
+        directory.save_folder(directory.adapter, of_two_files)
+    assert not directory.adapter.exists()
+
+
+@pytest.mark.usefixtures("half_removed")
+def test_a_run_whose_replacement_was_killed_has_no_checkpoint_in_part(recipe: Recipe) -> None:
+    directory = RunDirectory(recipe.output.directory)
+    directory.begin(recipe, {})
+    of_two_files(directory.checkpoints / "checkpoint-5")
+    directory.seal_checkpoint(5, keep=1)
+    with pytest.raises(KilledError):
+        directory.begin(recipe, {})
+    assert directory.newest_checkpoint() is None
+    directory.check(recipe, resume=False, overwrite=True)
+
+
+def test_a_directory_that_exists_says_how_far_its_run_came(recipe: Recipe) -> None:
+    directory = RunDirectory(recipe.output.directory)
+    directory.begin(recipe, {})
+
+    def refused() -> str:
+        with pytest.raises(OutputExistsError) as caught:
+            directory.check(recipe, resume=False, overwrite=False)
+        return str(caught.value)
+
+    assert "no whole checkpoint yet. Begin it again (--overwrite)" in refused()
+    of_two_files(directory.checkpoints / "checkpoint-5")
+    assert "no whole checkpoint yet" in refused()
+    directory.seal_checkpoint(5, keep=1)
+    of_two_files(directory.checkpoints / "checkpoint-9 (copy)")
+    shutil.copy(
+        directory.checkpoints / "checkpoint-5" / "whole.json",
+        directory.checkpoints / "checkpoint-9 (copy)",
+    )
+    assert "came to step 5. Go on with it (--resume)" in refused()
+    directory.report.write_text(json.dumps({}))
+    assert "a finished run. Replace it (--overwrite)" in refused()
+
+
+def test_a_run_that_was_killed_at_its_first_file_is_begun_again(recipe: Recipe) -> None:
+    directory = RunDirectory(recipe.output.directory)
+    with directory.locked():
+        (directory.path / ".recipe.yaml.partial").write_text("mod")
+        directory.check(recipe, resume=False, overwrite=False)
+        directory.begin(recipe, {})
+    assert not (directory.path / ".recipe.yaml.partial").exists()
 
 
 def test_a_directory_that_was_half_removed_is_still_a_runs(

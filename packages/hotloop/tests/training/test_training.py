@@ -198,10 +198,9 @@ def test_a_directory_that_exists_is_refused_and_left_alone(recipe: Recipe) -> No
     folder = Path(recipe.output.directory)
     folder.mkdir()
     (folder / "mine.txt").write_text("precious")
-    with pytest.raises(OutputExistsError, match="--overwrite"):
-        Run(recipe)
-    with pytest.raises(OutputExistsError, match="not a run directory"):
-        Run(recipe, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match="not a run directory"):
+            Run(recipe, overwrite=overwrite)
     assert (folder / "mine.txt").read_text() == "precious"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,10 +30,13 @@ def plan(
     longest: Annotated[int | None, typer.Option(help="Longest sequence among them.")] = None,
     lora: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
     full: Annotated[bool, typer.Option("--full", help="Full fine-tuning, no adapter.")] = False,
-    bits: Annotated[int, typer.Option(help="4 or 16.")] = 4,
+    bits: Annotated[
+        int | None, typer.Option(help="Of the frozen weights, 4 or 16. Default: 4; 16 with --full.")
+    ] = None,
     vram: Annotated[str | None, typer.Option(help='Memory budget, such as "24GiB".')] = None,
     host: Annotated[
-        str | None, typer.Option(help='Host memory that may be pinned, such as "48GiB".')
+        str | None,
+        typer.Option(help='Host memory that may be pinned, such as "48GiB"; 0 for none.'),
     ] = None,
     card: Annotated[
         str | None,
@@ -72,7 +76,8 @@ def plan(
         print_json({**_values(planned), "outlook": _outlook_values(around)})
         return
     out = console()
-    out.print(str(planned), markup=False)
+    for line in str(planned).splitlines():
+        out.print(fill(line, max(out.width, 40), subsequent_indent=" " * 6), markup=False)
     for table in _tables(planned, around):
         out.print(table, soft_wrap=False)
 
@@ -114,35 +119,45 @@ def _outlook_values(around: Outlook) -> dict[str, Any]:
 
 
 def _tables(planned: Plan, around: Outlook) -> list[Table]:
-    from hotloop_core.plan import amount
+    from hotloop_core.plan import GIB
     from rich.box import SIMPLE
     from rich.table import Table
 
     from hotloop.planner import summary
 
+    def gib(size: int | None) -> str:
+        return f"{size / GIB:,.2f}" if size else ""
+
     made: list[Table] = []
-    for title, rows, column in (
-        (f"{planned.tokens:,} tokens a step in other budgets", around.budgets, "budget"),
-        ("one sequence, within this budget", around.contexts, "tokens"),
+    for title, rows, asked in (
+        (
+            f"{planned.tokens:,} tokens a step in other budgets (memory in GiB)",
+            around.budgets,
+            "budget",
+        ),
+        ("one sequence, within this budget (memory in GiB)", around.contexts, "tokens"),
     ):
-        if not rows:
-            continue
-        columns = [column, "tokens/s", "peak", "host", "plan"]
-        columns += ["longest context"] if column == "budget" else []
-        table = Table(title=title, title_justify="left", box=SIMPLE)
-        for name in columns:
-            table.add_column(name, justify="left" if name == "plan" else "right")
+        columns: dict[str, list[str]] = {asked: [], "tokens/s": [], "peak": [], "host": []}
+        columns |= {"longest context": []} if asked == "budget" else {}
+        columns["plan"] = []
         for row in rows:
-            first = amount(row.budget or 0) if column == "budget" else f"{row.tokens:,}"
-            speed = row.tokens_per_second
-            cells = [first, "" if speed is None else f"{speed:,.0f}"]
-            if row.plan is None:
-                cells += ["", "", "does not fit"]
-            else:
-                used = row.plan.host_bytes
-                cells += [amount(row.plan.peak_bytes), amount(used) if used else ""]
-                cells.append(summary(row.plan))
-            cells += [f"{row.context:,}"] if column == "budget" else []
+            cells = {
+                "budget": gib(row.budget),
+                "tokens": f"{row.tokens:,}",
+                "tokens/s": f"{row.tokens_per_second:,.0f}" if row.tokens_per_second else "",
+                "peak": "" if row.plan is None else gib(row.plan.peak_bytes),
+                "host": "" if row.plan is None else gib(row.plan.host_bytes),
+                "longest context": f"{row.context:,}",
+                "plan": "does not fit" if row.plan is None else summary(row.plan),
+            }
+            for name, column in columns.items():
+                column.append(cells[name])
+        if not planned.step_ms:  # the card is unknown
+            del columns["tokens/s"]
+        table = Table(*columns, title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+        for column in table.columns[:-1]:
+            column.justify = "right"
+        for cells in zip(*columns.values(), strict=True):
             table.add_row(*cells)
-        made.append(table)
+        made += [table] if rows else []
     return made

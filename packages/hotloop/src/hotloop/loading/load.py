@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
     from hotloop.planner.make import Placements
 
+EXPECTED_RANK = 16
+"""Of adapters on every projection, for which a plan leaves room: a frozen base is loaded to get some."""
+
 
 def load(
     name_or_path: str | os.PathLike[str],
@@ -61,7 +64,7 @@ def load(
             `dtype`. 16: all in `dtype`.
         dtype: default bf16 where the card has it, else fp16; fp32 on a CPU, where 16-bit arithmetic
             is slow.
-        max_seq_len: tokens of the longest sequence; the plan is made for one of them.
+        max_seq_len: tokens of the longest sequence; the plan is made for one of them, with room for adapters.
         vram: budget for the plan, as `hotloop.plan` takes it. On a card torch's allocator then grows its segments
             (`expandable_segments`), for the whole process.
         family: which one, where several plugins claim the model.
@@ -128,7 +131,7 @@ def load(
             facts,
             tokens=max_seq_len,
             vram=vram,
-            lora=_rank(source),
+            lora=_rank(source, full_finetuning),
             bits=bits,
             dtype=dtype,
             full_finetuning=full_finetuning,
@@ -189,10 +192,10 @@ def _stretch_allocator() -> None:
     change("expandable_segments:True")
 
 
-def _rank(source: Source) -> int | None:
-    """The rank of an adapter that comes with the base, for the plan."""
+def _rank(source: Source, full_finetuning: bool) -> int | None:
+    """The rank, for the plan, of the adapter that comes with the base, or that a frozen base is loaded for."""
     if source.adapter is None:
-        return None
+        return None if full_finetuning else EXPECTED_RANK
     config = json.loads((source.adapter / "adapter_config.json").read_text(encoding="utf-8"))
     return config.get("r")
 

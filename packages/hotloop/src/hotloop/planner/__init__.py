@@ -2,11 +2,12 @@
 model.
 """
 
+from .amounts import parse_bytes
 from .cards import CARDS, Card, find_card
 from .make import checkpointing_placements, plan, plan_elsewhere, plan_larger
 from .oom import explain_oom, plan_after_oom
 from .tables import Line, Outlook, outlook, summary
-from .task import Request, parse_bytes
+from .task import Request
 
 __all__ = [
     "CARDS",

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from hotloop_core.errors import ConfigError
 
+from .amounts import parse_bytes
+
 GIB = 2**30
 
 
@@ -106,7 +108,7 @@ def find_card(name: str) -> Card:
 
     """
     if not isinstance(name, str):
-        raise ConfigError(f"card={name!r}: expected a name, its numbers ({_EXAMPLE!r}) or a Card")
+        raise ConfigError(f"card={name!r}: expected a name, its numbers ({EXAMPLE!r}) or a Card")
     if "," in name:
         return _from_numbers(name)
     asked = _words(name)
@@ -119,15 +121,15 @@ def find_card(name: str) -> Card:
         known = ", ".join(card.name for card in found or CARDS)
         what = "could be any of" if len(found) > 1 else "is not in the table; it has"
         raise ConfigError(
-            f"card {name!r} {what} {known}. Name one, or give its numbers: {_EXAMPLE!r}."
+            f"card {name!r} {what} {known}. Name one, or give its numbers: {EXAMPLE!r}."
         )
     return found[0]
 
 
-_EXAMPLE = "24GiB,165TFLOP/s,1008GB/s,25GB/s"
-_NUMBER = r"\s*(\d+(?:\.\d*)?)\s*"
+EXAMPLE = "24GiB,165TFLOP/s,1008GB/s,25GB/s"
+_NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
 _NUMBERS = re.compile(
-    rf"{_NUMBER}(GiB|GB),{_NUMBER}TFLOP/s,{_NUMBER}GB/s,{_NUMBER}GB/s\s*", re.IGNORECASE
+    rf"{_NUMBER}(GiB|GB),{_NUMBER}TFLOP(?:/s|S),{_NUMBER}GB/s,{_NUMBER}GB/s\s*", re.IGNORECASE
 )
 
 
@@ -136,11 +138,15 @@ def _from_numbers(text: str) -> Card:
     if match is None or not all(float(match[i]) > 0 for i in (1, 3, 4, 5)):
         raise ConfigError(
             f"card {text!r}: expected memory, the data sheet's 16-bit rate, the memory's rate and the "
-            f"host link's, such as {_EXAMPLE!r}"
+            f"host link's, such as {EXAMPLE!r}"
         )
-    unit = GIB if match[2].lower() == "gib" else 10**9
+    memory = parse_bytes(f"{match[1]}{match[2]}")
+    if memory <= CONTEXT:
+        raise ConfigError(
+            f"card {text!r}: expected more memory than the {CONTEXT / GIB:.1f} GiB of a CUDA context"
+        )
     rates = (float(match[i]) for i in (3, 4, 5))
-    return from_data_sheet("the card given", int(float(match[1]) * unit), *rates)
+    return from_data_sheet("the card given", memory, *rates)
 
 
 def present_card() -> tuple[str, int] | None:

@@ -199,9 +199,16 @@ class Job:
         state = OPTIMIZER_BYTES[self.optimizer]
         if self.full:
             return int(self.weights / self.width * (self.width + state))
+        return int(self.gradients / 4 * (4 + 4 + state))
+
+    @cached_property
+    def gradients(self) -> int:
+        """Bytes of the gradients: in fp32 of LoRA weights, in their own dtype of all weights."""
+        if self.full:
+            return self.weights
         shapes = self.facts.linear_shapes()
         lora = sum(rank * sum(shapes[role]) for role, rank in self.ranks.items())
-        return int(self.facts.layers * lora * (4 + 4 + state))
+        return 4 * self.facts.layers * lora
 
     @cached_property
     def loss(self) -> int:

@@ -29,7 +29,7 @@ def plan(
     vram: str | int | None = None,
     host: str | int | None = None,
     card: str | Card | None = None,
-    bits: int = 4,
+    bits: int | None = None,
     dtype: str | torch.dtype = "bfloat16",
     full_finetuning: bool = False,
     optimizer: str = "adamw_8bit",
@@ -51,11 +51,11 @@ def plan(
             rank.
         vram: "24GiB", "24GB" or bytes. Default: what is free on the card, or all of a card that is
             named; no budget where there is no card.
-        host: host memory that may be pinned, likewise. Default: 80% of what is free here; of a host
+        host: host memory that may be pinned, likewise; 0 for none. Default: 80% of what is free here; of a host
             with 64 GiB, or twice the card's memory, where the card is named.
         card: a name of the table, its numbers ("24GiB,165TFLOP/s,1008GB/s,25GB/s": memory, peak
             16-bit rate, memory's rate, the host link's) or a `Card`; default the one that is present.
-        bits: of the frozen projections, 4 (NF4) or 16.
+        bits: of the frozen projections, 4 (NF4) or 16. Default: 4, and 16 where every weight trains.
         dtype: of activations and of what is not quantised.
         full_finetuning: every weight trains.
         optimizer: as Trainer calls it; sizes its state.
@@ -93,16 +93,29 @@ def plan_larger(model: PreTrainedModel, now: Plan, *, tokens: int, longest: int)
     return task.training_as(now).plan()
 
 
-def plan_elsewhere(model: PreTrainedModel, now: Plan, *, tokens: int, longest: int) -> Plan:
-    """`now` for a batch that does not fit with its weights where they are: with more of them on the host.
+def plan_elsewhere(
+    model: PreTrainedModel,
+    now: Plan,
+    *,
+    tokens: int = 0,
+    longest: int = 0,
+    lora: Mapping[str, int] | None = None,
+) -> Plan:
+    """`now` for a batch, or for adapters, that do not fit with the weights where they are: with more of them on the
+    host.
 
     Raises:
-        BudgetError: the batch does not fit whatever is on the host.
+        BudgetError: it does not fit whatever is on the host.
 
     """
     tokens, longest = max(tokens, now.tokens), max(longest, now.longest)
-    request = replace(request_again(now), tokens=tokens, longest=longest, homes=None)
-    free = Task.of(model, request).training_as(now).plan()
+    request = replace(request_again(now), tokens=tokens, longest=longest, homes=None, lora=lora)
+
+    def task(request: Request) -> Task:
+        found = Task.of(model, request)
+        return found.training_as(now) if lora is None else found
+
+    free = task(request).plan()
     layers = tuple(
         replace(new, streamed=new.streamed or old.streamed)
         for new, old in zip(free.layers, now.layers, strict=True)
@@ -113,7 +126,7 @@ def plan_elsewhere(model: PreTrainedModel, now: Plan, *, tokens: int, longest: i
         embedding_on_host=free.embedding_on_host or now.embedding_on_host,
         head_on_host=free.head_on_host or now.head_on_host,
     )
-    return Task.of(model, replace(request, homes=homes)).training_as(now).plan()
+    return task(replace(request, homes=homes)).plan()
 
 
 def request_again(now: Plan) -> Request:

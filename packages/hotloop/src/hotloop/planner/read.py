@@ -74,14 +74,15 @@ def read(source: Any, family: str | None, optimizer: str) -> tuple[ModelFacts, M
             "config.json, a path or a hub id"
         )
     spec = discover().match(source, family=family)
-    layer = spec.layer_spec(source, 0)
+    config = {**spec.keys.defaults, **source}
+    layer = spec.layer_spec(config, 0)
     for part in (layer.attention, layer.mlp):
         if not isinstance(part, Attention | Glu | CustomBlock):
             raise UnsupportedError(
                 f"family {spec.name!r}: the planner counts Attention, Glu and a family's own block; "
                 f"this one has {type(part).__name__}. Wire it without a plan."
             )
-    facts = facts_of(spec, source)
+    facts = facts_of(spec, config)
     return facts, None if model is None else _measure(model, optimizer, layer.projections)
 
 

@@ -247,7 +247,7 @@ class Space:
         streams = bounds.stream and self.homes.streamed is None
         nothing = Part(0, 0, 0, 0)
         held = self.bytes(nothing, nothing, (self.homes.streamed or 0) + self.layers * streams)
-        return (bounds.device - self.peak(held)) * 100 / (100 + SLACK_PERCENT) + 1
+        return (bounds.device - self.peak(held)) / (1 + SLACK_PERCENT / 100) + 1
 
     def _fastest_of(self, index: Index, bounds: Bounds) -> Found | None:
         """The best of these plans within bounds."""

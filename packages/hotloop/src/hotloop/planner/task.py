@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
@@ -12,7 +11,9 @@ from hotloop_core import ModelFacts, Placement, Plan
 from hotloop_core.errors import BudgetError, ConfigError, PlanError
 from hotloop_core.plan import RECOMPUTE_ALL, amount
 
-from .cards import REFERENCE, Card, find_card, present_card
+from .amounts import MOST_BYTES, parse_bytes
+from .cards import EXAMPLE, REFERENCE, Card, find_card, present_card
+from .gradients import unaccumulated
 from .host import HOST_SHARE, assumed_host_memory, free_host_memory
 from .job import OPTIMIZER_BYTES, Job
 from .kinds import Kind, chosen, recompute_all
@@ -46,7 +47,7 @@ class Request:
     vram: str | int | None = None
     host: str | int | None = None
     card: str | Card | None = None
-    bits: int = 4
+    bits: int | None = None
     dtype: str | torch.dtype = "bfloat16"
     full_finetuning: bool = False
     optimizer: str = "adamw_8bit"
@@ -93,7 +94,7 @@ class Task:
         rates, name, free = _card(request.card)
         assumed = request.card is not None and request.host is None
         if request.host is not None:
-            host = parse_bytes(request.host)
+            host = parse_bytes(request.host, least=0)
         elif assumed:
             host = int(HOST_SHARE * assumed_host_memory(free or 0))
         else:  # what is pinned already is not free, and is used again
@@ -207,6 +208,7 @@ class Task:
             embedding_on_host=space.homes.embedding,
             head_on_host=space.homes.head,
             host_memory={name: int(size) for name, size in host.items() if size},
+            unaccumulated=unaccumulated(found),
         )
 
     def _notes(self, found: Found) -> tuple[str, ...]:
@@ -223,6 +225,9 @@ class Task:
             notes.append(
                 f"the least memory for this batch is {enough(leanest[0])}, {slower:.0%} slower"
             )
+        spared = unaccumulated(found)
+        if spared > peak / 100:
+            notes.append(f"a step without gradient accumulation takes {amount(spared)} less")
         if self.budget is not None:
             longest = self.longest()
             whole = ", all that the model positions" * (longest == self.job.facts.max_positions)
@@ -231,6 +236,12 @@ class Task:
             notes.append(f"a host that can pin {amount(self.host)} is assumed; host= says another")
         if self.job.nf4_kv:
             notes.append("keys and values wait in NF4: lossy, the gradients of q and k change")
+        if not self.timed and self.card is None and self.job.weight_bytes is None:  # not yet loaded
+            notes.append("for times, name a card (card=), such as 'RTX 4090'")
+        if not self.timed and self.card is not None:
+            notes.append(
+                f"no times: the table lacks {self.card}; card= takes a card's numbers, {EXAMPLE!r}"
+            )
         if self.timed and not self.rates.measured:
             notes.append(f"times rest on the data sheet of {self.card}, not on a measurement")
         if self.timed and not self.rates.bf16:
@@ -271,7 +282,8 @@ def _job(model_or_config: Source, request: Request) -> Job:
         raise ConfigError(
             f"optimizer={request.optimizer!r}; the planner knows {', '.join(OPTIMIZER_BYTES)}"
         )
-    bits, full = request.bits, request.full_finetuning
+    full = request.full_finetuning
+    bits = request.bits if request.bits is not None else 16 if full else 4
     if bits not in (4, 16) or (bits == 4 and full):
         raise ConfigError(
             f"bits={bits}, full_finetuning={full}: expected bits 4 or 16, and 16 where all weights "
@@ -294,7 +306,16 @@ def _job(model_or_config: Source, request: Request) -> Job:
         optimizer=request.optimizer,
         nf4_kv=request.nf4_kv,
     )
-    return job if measured is None else measured.refine(job, request.lora is not None)
+    job = job if measured is None else measured.refine(job, request.lora is not None)
+    everything = job.weights + job.trained + facts.layers * sum(job.whole.values())
+    everything += sum(job.extended(name) for name in job.groups)
+    if everything > MOST_BYTES:
+        raise ConfigError(
+            f"{facts.layers:,} layers of hidden size {facts.hidden_size:,}, {tokens:,} tokens and "
+            f"lora={request.lora!r} come to {everything:.0e} bytes; expected less than {MOST_BYTES:.0e}. "
+            "Check config.json, tokens and lora."
+        )
+    return job
 
 
 def _trained(job: Job) -> str:
@@ -360,22 +381,3 @@ def _fixed(job: Job, placements: Placements) -> Kind:
             "offload it, or let the planner choose, which recomputes it where that pays"
         )
     return chosen(job, {n: Placement(p) for n, p in placements.items()})
-
-
-def parse_bytes(size: str | int) -> int:
-    """Bytes of "24GiB", "24GB", "24 G" (GiB) or a number of bytes.
-
-    Raises:
-        ConfigError: not a size.
-
-    """
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?B)?\s*", str(size), re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
-        raise ConfigError(
-            f"{size!r} is not an amount of memory; expected such as '24GiB', '24GB' or a number of "
-            "bytes"
-        )
-    base = 1000 if (match[3] or "").lower() == "b" else 1024
-    return int(float(match[1]) * base ** ("KMGT".index(match[2].upper()) + 1))

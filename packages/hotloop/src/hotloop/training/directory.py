@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager
@@ -24,6 +25,9 @@ _LOCK = ".lock"
 
 _WHOLE = "whole.json"
 """Written into a checkpoint after everything else, so that one without it was cut short."""
+
+_NAME = re.compile(r"checkpoint-\d+")
+"""Of a folder that Trainer writes; a copy of one beside it has another name."""
 
 _MAY_CHANGE = {
     "output.keep_checkpoints",
@@ -66,16 +70,24 @@ class RunDirectory:
         if resume:
             self._check_resume(recipe)
         elif self.path.exists() and (not self.path.is_dir() or self._contents()):
-            if not overwrite:
-                raise OutputExistsError(
-                    f"{self.path} exists. Go on with that run (--resume), replace it (--overwrite), "
-                    "or choose another output.directory."
-                )
             if not self.recipe.is_file():
                 raise OutputExistsError(
                     f"{self.path} is not a run directory (no recipe.yaml), so it is not overwritten. "
                     "Choose another output.directory."
                 )
+            if not overwrite:
+                raise OutputExistsError(
+                    f"{self.path} has {self._state()}, or choose another output.directory."
+                )
+
+    def _state(self) -> str:
+        """How far the run here came, and what can be done with it."""
+        if self.report.is_file():
+            return "a finished run. Replace it (--overwrite)"
+        newest = self.newest_checkpoint()
+        if newest is None:
+            return "a run that has no whole checkpoint yet. Begin it again (--overwrite)"
+        return f"a run that came to step {step_of(newest)}. Go on with it (--resume), replace it (--overwrite)"
 
     def _check_resume(self, recipe: Recipe) -> None:
         if not self.recipe.is_file():
@@ -96,7 +108,10 @@ class RunDirectory:
             )
 
     def _contents(self) -> list[Path]:
-        return [entry for entry in self.path.iterdir() if entry.name != _LOCK]
+        unfinished = (
+            f".{self.recipe.name}.partial"  # of a process that was killed at its first file
+        )
+        return [e for e in self.path.iterdir() if e.name not in {_LOCK, unfinished}]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -119,12 +134,13 @@ class RunDirectory:
     def begin(self, recipe: Recipe, data: dict[str, Any]) -> None:
         """Makes the directory anew, with the recipe and what the data came to.
 
-        The old recipe goes last, so that a directory that was half removed still is known as a run's.
+        The old recipe goes last, so that a directory that was half removed still is known as a run's; and
+        none of its folders is there in part.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         for entry in self._contents():
             if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
+                _remove(entry)
             elif entry != self.recipe:
                 entry.unlink()
         text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -157,7 +173,7 @@ class RunDirectory:
         newest = self.newest_checkpoint()
         assert newest is not None  # check() saw it
         for checkpoint in self.checkpoints.iterdir():
-            if not (checkpoint / _WHOLE).is_file():
+            if checkpoint.is_dir() and not (checkpoint / _WHOLE).is_file():
                 shutil.rmtree(checkpoint)
         # Trainer logs into its state what it logs here, so the state says how many lines there were.
         logged = len(json.loads((newest / "trainer_state.json").read_text())["log_history"])
@@ -166,7 +182,8 @@ class RunDirectory:
 
     def whole_checkpoints(self) -> list[Path]:
         """Checkpoints that were written to the end, oldest first."""
-        return sorted((mark.parent for mark in self.checkpoints.glob(f"*/{_WHOLE}")), key=step_of)
+        marked = (mark.parent for mark in self.checkpoints.glob(f"checkpoint-*/{_WHOLE}"))
+        return sorted((folder for folder in marked if _NAME.fullmatch(folder.name)), key=step_of)
 
     def newest_checkpoint(self) -> Path | None:
         """The last of them, or None."""
@@ -175,6 +192,7 @@ class RunDirectory:
     def seal_checkpoint(self, step: int, *, keep: int) -> None:
         """Marks the checkpoint of `step` as whole, then removes all but the `keep` newest."""
         checkpoint = self.checkpoints / f"checkpoint-{step}"
+        _sync(checkpoint)
         write_atomically(checkpoint / _WHOLE, json.dumps({"step": step}) + "\n")
         for old in self.whole_checkpoints()[:-keep]:
             (old / _WHOLE).unlink()
@@ -201,13 +219,14 @@ class RunDirectory:
         return [json.loads(line) for line in lines]
 
     def save_folder(self, target: Path, write: Callable[[Path], object]) -> None:
-        """Replaces `target` by a folder that `write` fills, whole or not at all."""
+        """Replaces `target` by a folder that `write` fills; no part of either is ever under its name."""
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
             write(partial)
+            _sync(partial)
             if target.exists():
-                shutil.rmtree(target)
+                _remove(target)
             os.replace(partial, target)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -239,6 +258,22 @@ def _lock(file: int) -> None:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _remove(folder: Path) -> None:
+    """Takes a folder away under another name first, so that half of it is never taken for all."""
+    aside = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    shutil.rmtree(aside)
+
+
+def _sync(folder: Path) -> None:
+    """Waits until every file in it is on disk: what is named or marked whole then stays so without power."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
 
 
 def step_of(checkpoint: Path) -> int:
