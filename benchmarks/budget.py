@@ -54,21 +54,21 @@ def child(folder: str, setting: str, steps: int) -> None:
     """Waits for a line, then measures; prints one JSON line."""
     from hotloop import FastLanguageModel
     from hotloop.loading.load import EXPECTED_RANK
-    from hotloop.planner.host import HOST_SHARE, free_host_memory
+    from hotloop.planner.host import host_limit
     from hotloop.wiring import receipt_of
 
     sys.stdin.readline()
     batch, length, vram = read(setting)
     vram = least(folder, batch * length, length) if vram is None else vram
     cap(vram)
-    host_limit = round(HOST_SHARE * free_host_memory() / GIB, 2)
+    host = round(host_limit(again=False) / GIB, 2)
     began = time.perf_counter()
     model, _ = FastLanguageModel.from_pretrained(
         folder, max_seq_length=length, vram=f"{vram}GiB", local_files_only=True
     )
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16, random_state=1).train()
     row: dict[str, Any] = {"vram": vram, "load_s": round(time.perf_counter() - began, 1)}
-    row |= {"expected_rank": EXPECTED_RANK, "host_limit_gib": host_limit}
+    row |= {"expected_rank": EXPECTED_RANK, "host_limit_gib": host}
     row["after_load_gib"] = round(torch.cuda.memory_allocated() / GIB, 2)
     training = Training(model)
     fresh_peak()

@@ -39,6 +39,15 @@ def test_a_mask_of_ones_is_dense(dtype: torch.dtype) -> None:
     assert Sequences.from_padding_mask(torch.ones(2, 4, dtype=dtype)).dense_shape == (2, 4)
 
 
+def test_a_mask_that_numbers_segments_is_refused_and_any_one_value_is_a_mask() -> None:
+    with pytest.raises(UnsupportedError, match="several values beside 0"):
+        Sequences.from_padding_mask(torch.tensor([[1, 1, 2, 2, 0]]))
+    for value in (-1, 255):
+        found = Sequences.from_padding_mask(torch.tensor([[value, value, 0], [0, value, value]]))
+        assert found.bounds() == [(0, 2), (2, 3), (3, 4), (4, 6)]
+    assert Sequences.from_padding_mask(torch.ones(2, 0, dtype=torch.long)).tokens == 0
+
+
 def test_padding_between_tokens_is_refused_with_its_row() -> None:
     with pytest.raises(UnsupportedError, match="row 1 has padding between its tokens"):
         Sequences.from_padding_mask(torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1]]))

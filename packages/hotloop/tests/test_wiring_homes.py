@@ -6,7 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hotloop import add_lora
 from hotloop.homes import homes_of, settle
+from hotloop.planner import Request
+from hotloop.planner import plan as make_plan
+from hotloop.planner.task import Task
 from hotloop.wiring import receipt_of, wire
 from hotloop_core.errors import BudgetError, PlanError
 from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, LayerPlan, Placement, Plan
@@ -183,3 +187,29 @@ def test_a_batch_that_does_not_fit_moves_further_weights_to_the_host(from_the_st
     assert set(homes.layers) > set(from_the_start) and shared.homes is homes
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_adapters_that_leave_no_room_move_further_weights_to_the_host():
+    job = {"tokens": 34, "longest": 17, "bits": 16, "dtype": "float32", "host": "1GiB"}
+    config = tiny().config.to_dict()
+    budget = Task.of(config, Request(lora=64, **job)).least()[0]
+    roomy = make_plan(config, lora=1, vram=budget, **job)
+    model = tiny()
+    settle(model, roomy)
+    wire(model, roomy)
+    with pytest.raises(BudgetError):
+        make_plan(model, tokens=34, longest=17, lora=64, vram=budget, homes=roomy)
+    adapted = add_lora(model, r=64)
+    planned = receipt_of(adapted).plan
+    assert planned.peak_bytes <= budget
+    away = {i for i, layer in enumerate(planned.layers) if layer.streamed}
+    assert away > {i for i, layer in enumerate(roomy.layers) if layer.streamed} or (
+        planned.embedding_on_host,
+        planned.head_on_host,
+    ) > (roomy.embedding_on_host, roomy.head_on_host)
+    assert homes_of(adapted).hold(planned)
+    found = train(adapted)
+    resident = add_lora(tiny(), r=64)
+    wire(resident, plan_of(PLANS["keep"], ()))
+    expected = train(resident)
+    torch.testing.assert_close(found["loss"], expected["loss"])

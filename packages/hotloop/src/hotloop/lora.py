@@ -9,7 +9,7 @@ import re
 from typing import TYPE_CHECKING, Literal
 
 from hotloop_core import FamilySpec, Plan, discover
-from hotloop_core.errors import ConfigError
+from hotloop_core.errors import BudgetError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hotloop.planner.make import Placements
+    from hotloop.wiring import Receipt
 
 
 def add_lora(
@@ -73,8 +74,8 @@ def add_lora(
 
     if isinstance(model, PeftModel):
         raise ConfigError(
-            "the model has adapters already; add another with model.add_adapter, or start from the "
-            "base"
+            f"the model has the adapters {', '.join(model.peft_config)} already, which train on as they are: leave "
+            "this call out; or add another with model.add_adapter, or start from the base"
         )
     if r < 1 or alpha <= 0 or not 0.0 <= dropout < 1.0:
         raise ConfigError(
@@ -85,6 +86,9 @@ def add_lora(
     names = _modules(model, spec, targets)
     roles = _roles(spec, config, names, model)
     planned = _plan(model, dict.fromkeys(roles, r), placements)
+    if planned is not None:
+        receipt, plan = planned
+        receipt.replan(plan)  # before the adapters take the room that weights may have to leave
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
         torch.manual_seed(seed)
@@ -101,12 +105,6 @@ def add_lora(
                 modules_to_save=None if modules_to_save is None else list(modules_to_save),
             ),
         )
-    if planned is not None:
-        from hotloop.wiring import receipt_of
-
-        receipt = receipt_of(adapted)
-        if receipt is not None:
-            receipt.replan(planned)
     homes = homes_of(model)
     if homes is not None:
         homes.rest()  # PEFT looked at every weight
@@ -170,23 +168,29 @@ def _roles(
 
 def _plan(
     model: PreTrainedModel, ranks: dict[str, int], placements: Placements | None
-) -> Plan | None:
-    """The plan of a wired model for its adapters, within the budget that it was wired for; None if
-    it is not wired.
+) -> tuple[Receipt, Plan] | None:
+    """The receipt of a wired model, and a plan for its adapters within the budget that it was wired for; None if it is
+    not wired. Where they do not fit with the weights as they are, more of these are on the host.
     """
-    from hotloop.planner import plan
+    from hotloop.planner import plan, plan_elsewhere
     from hotloop.wiring import receipt_of
 
     receipt = receipt_of(model)
     if receipt is None or receipt.plan is None:
         return None
     now = receipt.plan
-    return plan(
-        model,
-        tokens=now.tokens,
-        longest=now.longest,
-        lora=ranks,
-        vram=now.budget,
-        placements=placements,
-        homes=now,
-    )
+    try:
+        found = plan(
+            model,
+            tokens=now.tokens,
+            longest=now.longest,
+            lora=ranks,
+            vram=now.budget,
+            placements=placements,
+            homes=now,
+        )
+    except BudgetError:
+        if placements is not None:
+            raise
+        found = plan_elsewhere(model, now, lora=ranks)
+    return receipt, found

@@ -75,12 +75,20 @@ class Sequences:
             mask_BS: non-zero where a token is real.
 
         Raises:
-            UnsupportedError: a row has padding between its tokens, as packed rows may not.
+            UnsupportedError: a row has padding between its tokens, as packed rows may not; or several values beside 0,
+                which are numbers of segments.
 
         """
         _check_rank(mask_BS, "attention mask")
-        real_BS = mask_BS != 0
-        host_BS = real_BS.cpu().numpy()
+        found_BS = mask_BS.float().cpu().numpy()
+        host_BS = found_BS != 0
+        most_B1 = found_BS.max(1, keepdims=True, where=host_BS, initial=-np.inf)
+        if (host_BS & (found_BS != most_B1)).any():
+            raise UnsupportedError(
+                "attention mask: a row has several values beside 0, as masks that number packed segments have; read "
+                "as padding it would let segments see each other. Pack with position_ids that restart at 0 and pass no "
+                "mask."
+            )
         starts_BS = host_BS & ~np.pad(host_BS, ((0, 0), (1, 0)))[:, :-1]
         split = np.flatnonzero(starts_BS.sum(axis=1) > 1)
         if split.size:

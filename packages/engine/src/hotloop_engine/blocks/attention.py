@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from hotloop_core.errors import UnsupportedError
 from torch import Tensor
 
 from hotloop_engine.attention import add_centre
@@ -31,7 +32,7 @@ from .context import (
     join,
     seeds_of,
 )
-from .lossy import pack, unpack
+from .lossy import BLOCK, pack, unpack
 from .rotation import Rotation, Statistics
 
 if TYPE_CHECKING:
@@ -82,6 +83,11 @@ class AttentionBlock:
             k_norm=k_norm,
             over=norm_over,
         )
+        keys = 2 * self.shape.kv_heads * self.shape.head_dim
+        if nf4_kv and keys % BLOCK:
+            raise UnsupportedError(
+                f"keys and values of {keys} columns; in NF4 they go in blocks of {BLOCK}. Plan without nf4_kv."
+            )
         self.nf4_kv = nf4_kv
         self.v_bias = v_bias
         self.centre = None
@@ -171,7 +177,7 @@ class AttentionBlock:
         """What the output projection reads, from attention over values without their bias."""
         if self.centre is not None:
             o_THK = add_centre(o_THK, self.centre)
-        return o_THK.reshape(o_THK.shape[0], -1)
+        return o_THK.flatten(1)
 
     def _restore(self, x_TD: Tensor, saved: Saved) -> Tensor:
         """o again, recomputing what is missing."""

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from hotloop_core.errors import PlanError
+from hotloop_core.errors import GradientError, PlanError, UnsupportedError
 from hotloop_core.plan import KEEP_ALL, LayerPlan, Placement
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -97,9 +96,16 @@ def run_blocks(
 
     Raises:
         PlanError: the plan offloads and `around` has no store.
+        UnsupportedError: a transform of torch.func is active.
     """
     around = around or Surroundings()
-    tensors = [tensor for block in blocks for tensor in block.tensors()]
+    if torch._C._are_functorch_transforms_active():
+        raise UnsupportedError(
+            f"{around.where}: a torch.func transform (vmap, grad, jvp ...) is active; written-out backward passes are "
+            "not transformed. Undo the wiring for it, or use torch.autograd."
+        )
+    # One that serves twice, as tied projections do, has one gradient: their sum.
+    tensors = list({id(t): t for block in blocks for t in block.tensors()}.values())
     wants = x_TD.requires_grad or any(tensor.requires_grad for tensor in tensors)
     with torch.autocast(x_TD.device.type, enabled=False):
         if torch.is_grad_enabled() and wants:
@@ -285,13 +291,19 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx: Any, run: Run, x_TD: Tensor, *tensors: Tensor) -> Tensor:
         ctx.run, ctx.tensors = run, tensors
         # Named to autograd as well, so that an in-place change between the passes is an error, not a wrong gradient.
+        # Not so streamed weights: the memory under them is another layer's by then, and theirs again before it is read.
         kept = (x_TD,) if run.input is Placement.KEEP else ()
-        ctx.save_for_backward(*kept, *(t for t in tensors if t.requires_grad))
+        lasting = (t for t in tensors if t.requires_grad or run.around.fetch is None)
+        ctx.save_for_backward(*kept, *lasting)
         return run.forward(x_TD)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise GradientError(
+                f"{ctx.run.around.where}: a wired layer has no second derivative, and create_graph=True asks for one. "
+                "Pass create_graph=False, or undo the wiring."
+            )
         _ = ctx.saved_tensors  # autograd checks that nobody changed them
         if dy_TD.stride(-1) != 1 or dy_TD.stride(0) < dy_TD.shape[1]:
             dy_TD = dy_TD.contiguous()  # a broadcast gradient (loss = output.sum()) has stride 0

@@ -8,7 +8,7 @@ the device, for as long as it is there.
 from __future__ import annotations
 
 from .homes import Homes
-from .settling import homes_of, move_more, settle
+from .settling import carried_out, homes_of, move_more, settle
 from .weights import device_weight
 
-__all__ = ["Homes", "device_weight", "homes_of", "move_more", "settle"]
+__all__ = ["Homes", "carried_out", "device_weight", "homes_of", "move_more", "settle"]

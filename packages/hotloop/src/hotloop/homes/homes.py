@@ -114,6 +114,15 @@ class Homes:
         if self._head is not None:
             self._head.drop()
 
+    def hold(self, plan: Plan) -> bool:
+        """Whether all that `plan` has on the host is there."""
+        housed = {housing.path for housing in self._housings}
+        return (
+            {i for i, layer in enumerate(plan.layers) if layer.streamed} <= set(self._index)
+            and (not plan.embedding_on_host or self._spec.embedding in housed)
+            and (not plan.head_on_host or self._spec.head in housed)
+        )
+
     def move(self, plan: Plan) -> None:
         """Moves to the host what `plan` has there; what is there already stays. Before or after `wire`.
 

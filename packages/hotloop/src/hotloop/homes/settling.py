@@ -53,7 +53,7 @@ def settle(
 
 
 def move_more(root: Any, plan: Plan, spec: FamilySpec) -> Homes:
-    """Carries out a plan that has more weights on the host than now; for a wired model that meets a larger batch.
+    """Carries out a plan that has more weights on the host than now, for a wired model.
 
     Raises:
         PlanError, UnsupportedError, BudgetError: as `settle`.
@@ -61,6 +61,13 @@ def move_more(root: Any, plan: Plan, spec: FamilySpec) -> Homes:
     homes = homes_of(root) or Homes(root, plan, spec, _device(root, spec))
     homes.move(plan)
     return homes
+
+
+def carried_out(homes: Homes | None, plan: Plan) -> bool:
+    """Whether all that a plan has on the host is there."""
+    if homes is not None:
+        return homes.hold(plan)
+    return not (plan.embedding_on_host or plan.head_on_host or any(p.streamed for p in plan.layers))
 
 
 def prepare(root: Any, plan: Plan, spec: FamilySpec, device: torch.device) -> Homes:

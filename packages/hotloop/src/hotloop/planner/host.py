@@ -49,3 +49,17 @@ def _inactive_files(file: Path) -> int:
         if name == "inactive_file":
             return int(value)
     return 0
+
+
+def host_limit(*, again: bool) -> int:
+    """Bytes that may be pinned here. again: for a model whose weights have their homes; what this process has pinned
+    is not free, and is used again.
+    """
+    return int(HOST_SHARE * free_host_memory()) + (_pinned() if again else 0)
+
+
+def _pinned() -> int:
+    """Bytes that this process has page-locked."""
+    from hotloop_engine.stores import pinned_bytes
+
+    return pinned_bytes()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hotloop_core.errors import ConfigError
 
+from .host import host_limit
 from .task import Request, Task
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ def plan_elsewhere(
 
     """
     tokens, longest = max(tokens, now.tokens), max(longest, now.longest)
-    request = replace(request_again(now), tokens=tokens, longest=longest, homes=None, lora=lora)
+    batch = {"tokens": tokens, "longest": longest, "host": host_limit(again=True)}
+    request = replace(request_again(now), homes=None, lora=lora, **batch)
 
     def task(request: Request) -> Task:
         found = Task.of(model, request)

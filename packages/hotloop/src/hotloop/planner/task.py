@@ -14,7 +14,7 @@ from hotloop_core.plan import RECOMPUTE_ALL, amount
 from .amounts import MOST_BYTES, parse_bytes
 from .cards import EXAMPLE, REFERENCE, Card, find_card, present_card
 from .gradients import unaccumulated
-from .host import HOST_SHARE, assumed_host_memory, free_host_memory
+from .host import HOST_SHARE, assumed_host_memory, host_limit
 from .job import OPTIMIZER_BYTES, Job
 from .kinds import Kind, chosen, recompute_all
 from .read import ranks_of, read, whole
@@ -97,8 +97,8 @@ class Task:
             host = parse_bytes(request.host, least=0)
         elif assumed:
             host = int(HOST_SHARE * assumed_host_memory(free or 0))
-        else:  # what is pinned already is not free, and is used again
-            host = int(HOST_SHARE * free_host_memory()) + (_pinned() if request.homes else 0)
+        else:
+            host = host_limit(again=request.homes is not None)
         only = None if request.placements is None else _fixed(job, request.placements)
         if request.homes is not None:
             homes = [_homes(request.homes)]
@@ -337,13 +337,6 @@ def _card(card: str | Card | None) -> tuple[Card | None, str | None, int | None]
         return find_card(name), name, free
     except ConfigError:
         return None, name, free
-
-
-def _pinned() -> int:
-    """Bytes that this process has page-locked."""
-    from hotloop_engine.stores import pinned_bytes
-
-    return pinned_bytes()
 
 
 def _homes(plan: Plan) -> Homes:

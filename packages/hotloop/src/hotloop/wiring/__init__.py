@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isclose
 from typing import TYPE_CHECKING, Any
 
 from hotloop_core import (
@@ -24,11 +25,11 @@ from hotloop.homes import homes_of
 from . import masks
 from .classes import STATE, wired_class
 from .layer import LayerState, Shared, check_modules, module_paths
-from .norm import NormState
-from .receipt import Receipt, Swap
+from .norm import NormState, leaf_norms
+from .receipt import Receipt, Swap, check_plan
 from .root import RootState
 from .targets import load_target
-from .views import EXCEPTIONS, Refusal, linear_view, refuse
+from .views import EXCEPTIONS, Refusal, linear_view, plain_module, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -67,7 +68,9 @@ def wire(
 
     Raises:
         NoFamilyError: no installed plugin describes the model.
-        WireError: the model is wired, is not what its family describes, or has something that the blocks do not do.
+        WireError: the model is wired, is not what its family describes, or has something that the blocks do not do;
+            or an argument names what there is not.
+        PlanError: the plan is for another model.
     """
     unknown = set(allow_eager) - set(EXCEPTIONS)
     if unknown:
@@ -83,8 +86,10 @@ def wire(
     spec = registry.match(config, family=family)
     facts = facts_of(spec, config)
     _register_ops(registry)
+    _check_ops(ops or {}, registry)
     if plan is None:
         plan = Plan(layers=(KEEP_ALL,) * facts.layers, tokens=0, longest=0)
+    check_plan(plan, facts.layers)
     shared = Shared(
         facts,
         plan,
@@ -106,7 +111,8 @@ def receipt_of(model: nn.Module) -> Receipt | None:
 
 
 def _root(model: Any) -> Any:
-    """The transformers model itself, under PEFT where it is there."""
+    """The transformers model itself, under PEFT and torch.compile where they are there."""
+    model = getattr(model, "_modules", {}).get("_orig_mod", model)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):
         raise WireError(
@@ -131,13 +137,26 @@ def _register_ops(registry: Registry) -> None:
             _registered_ops.add((op.op, op.name))
 
 
+def _check_ops(ops: Mapping[str, str], registry: Registry) -> None:
+    """Refuses a name that no op has: it would change nothing."""
+    from hotloop_engine.ops._select import ENGINE_OPS
+
+    known = {*ENGINE_OPS, *(op.op for op in registry.ops)}
+    if unknown := ops.keys() - known:
+        raise WireError(
+            f"ops: no op is called {', '.join(sorted(unknown))}; expected some of {', '.join(sorted(known))}"
+        )
+
+
 def _layers(root: Any, spec: FamilySpec, facts: ModelFacts) -> list[LayerState | Any]:
     try:
         layers = list(root.get_submodule(spec.layers))
+        root.get_submodule(spec.final_norm)
     except AttributeError as error:
         raise WireError(
-            f"family {spec.name!r} says that the layers are at {spec.layers!r}; {type(root).__name__} has no such "
-            f"module ({error}). Load the ...ForCausalLM class of this model."
+            f"family {spec.name!r} says that the layers are at {spec.layers!r} and the last norm at "
+            f"{spec.final_norm!r}; {type(root).__name__} has no such module ({error}). Load the ...ForCausalLM class "
+            "of this model."
         ) from None
     if len(layers) != facts.layers:
         raise WireError(
@@ -214,9 +233,23 @@ def check_layer(path: str, layer: nn.Module, spec: LayerSpec) -> None:
 def _check_modules(path: str, layer: nn.Module, spec: LayerSpec, shared: Shared) -> None:
     if "forward" in layer.__dict__ or "_hf_hook" in layer.__dict__:
         raise Refusal("offload", f"{path}: accelerate hooks the layer's forward")
+    if isinstance(spec.attention, Attention):
+        _check_scale(path, layer, spec.projections["o"], shared.facts.attention_scale)
     check_modules(layer)
-    for name in spec.projections.values():
-        linear_view(layer.get_submodule(name))
+    for role, name in module_paths(spec).items():
+        if role in spec.projections:
+            linear_view(layer.get_submodule(name))
+        else:
+            plain_module(layer.get_submodule(name))
+
+
+def _check_scale(path: str, layer: nn.Module, o: str, expected: float) -> None:
+    """The scale of the scores is the config's; transformers' modules hold one of their own, that somebody may set."""
+    found = getattr(layer.get_submodule(o.rpartition(".")[0]), "scaling", expected)
+    if isinstance(found, float) and not isclose(found, expected, rel_tol=1e-6):
+        raise WireError(
+            f"{path}: its attention scales by {found}, config says {expected}. Set the config to what the model does."
+        )
 
 
 def _swap(
@@ -242,7 +275,8 @@ def _swap(
                 "layer",
                 LayerState(path, index, spec.layer_spec(config, index), shared),
             )
-    swap(spec.final_norm, root.get_submodule(spec.final_norm), "norm", NormState(norms, shared))
+    for path, norm in leaf_norms(spec.final_norm, root.get_submodule(spec.final_norm)):
+        swap(path, norm, "norm", NormState(norms, shared))
     swap("", root, "root", RootState(spec, shared, receipt))
     root.config._attn_implementation = name
     return receipt

@@ -20,7 +20,7 @@ from hotloop_engine.blocks import (
 from hotloop_engine.ops.lora_linear import LinearGroup
 
 from .targets import load_target
-from .views import active_module, linear_view, norm_view
+from .views import linear_view, norm_view, plain_module
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +30,14 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from .layer import LayerState
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of a projection of `hidden`: autocast's where that is on, but for fp64, which it leaves alone."""
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return hidden.dtype
 
 
 class Builder:
@@ -44,12 +52,9 @@ class Builder:
     ) -> None:
         self._state, self._modules = state, modules
         self._hidden, self._kwargs = hidden, kwargs
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
         shared = state.shared
         self._context = BlockContext(
-            dtype=dtype,
+            dtype=compute_dtype(hidden),
             device=hidden.device,
             ops={**state.spec.ops, **shared.ops},
             residual_scale=shared.facts.residual_scale,
@@ -128,7 +133,7 @@ class Builder:
             sin_PR=sin,
             attend=self._attend(),
             groups={role: self._group(role, self._view(role)) for role in block.projections},
-            modules={path: active_module(self._modules[path]) for path in block.parameters},
+            modules={path: plain_module(self._modules[path]) for path in block.parameters},
         )
         return OwnBlock(
             load_target(block.target),
@@ -173,7 +178,10 @@ class Builder:
         """The projections as one group: the one of the call before, if they are still the same."""
         context, groups = self._context, self._state.groups
         parts = (part for view in views for part in view.identity())
-        key = (context.dtype, context.device, *parts)
+        dtypes = (
+            tensor.dtype for view in views for tensor in view.tensors()
+        )  # .to() keeps identities
+        key = (context.dtype, context.device, *parts, *dtypes)
         known = groups.get(name)
         if known is None or known[0] != key:  # the group holds the views, so no identity is reused
             known = groups[name] = (key, LinearGroup(views, context.dtype, context.device))

@@ -70,6 +70,9 @@ def head_weight(module: nn.Module, hidden: Tensor) -> Head:
     if lora is not None:
         x = functional.dropout(hidden, lora.dropout) if lora.dropout else hidden
         thin = functional.linear(x, lora.a_RK.to(x.dtype)) * lora.scale
-        hidden = torch.cat([hidden, thin], dim=-1)
-        weight = torch.cat([weight.to(x.dtype), lora.b_NR.to(x.dtype)], dim=-1)
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # cat under it knows two of the 16-bit dtypes at most
+            hidden = torch.cat([hidden, thin.to(x.dtype)], dim=-1)
+            weight = torch.cat([weight.to(x.dtype), lora.b_NR.to(x.dtype)], dim=-1)
     return Head(hidden=hidden, weight=weight, bias=view.bias)

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 SEQUENCES = "hotloop_sequences"
 """The keyword by which the wired root hands the batch's sequences to every layer."""
+CACHES = "hotloop_caches"
+"""The keyword by which the wired root says that in training, too, the caller wants the cache filled."""
 
 
 @dataclass(eq=False)
@@ -189,18 +191,20 @@ def forward(
 
 def _needs_own_path(layer: nn.Module, state: LayerState, kwargs: Mapping[str, Any]) -> bool:
     """A cache that is read or filled. transformers makes one by default: in training it stays empty, as under its own
-    checkpointing."""
+    checkpointing, unless the model was called with one or with use_cache=True."""
     if kwargs.get("output_attentions"):
         return True
     cache = kwargs.get("past_key_values")
     if cache is None:
         return False
+    if kwargs.get(CACHES):
+        return True
     trains = layer.training and torch.is_grad_enabled()
     return not (trains and cache.get_seq_length(state.index) == 0)
 
 
 def _run_own(own_forward: Callable[..., Any], hidden_states: Tensor, kwargs: dict[str, Any]) -> Any:
-    return own_forward(hidden_states, **{k: v for k, v in kwargs.items() if k != SEQUENCES})
+    return own_forward(hidden_states, **{k: v for k, v in kwargs.items() if k not in _OURS})
 
 
 def _names(
@@ -210,6 +214,7 @@ def _names(
     return dict(list(bound.arguments.items())[1:])
 
 
+_OURS = (SEQUENCES, CACHES)
 _CAPTURE = "transformers.utils.output_capturing"  # sees outputs that a wired layer leaves to the model's own path
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -227,7 +232,7 @@ def _check_call(layer: nn.Module, state: LayerState, kwargs: Mapping[str, Any]) 
         raise Refusal("mask", f"an attention mask of type {type(mask).__name__}")
     if layer.training and shared.facts.attention_dropout:
         raise Refusal("attention-dropout", f"attention_dropout={shared.facts.attention_dropout}")
-    if state.guard is None or not state.guard.holds():
+    if state.guard is None or not state.guard.holds(layer):
         check_modules(layer)
         state.guard = Guard(layer, state.paths)
     return state.guard
@@ -240,6 +245,7 @@ class Guard:
     """
 
     def __init__(self, layer: nn.Module, paths: Mapping[str, str]) -> None:
+        self._layer = weakref.ref(layer)
         self.modules = {role: layer.get_submodule(path) for role, path in paths.items()}
         inner = [module for module in layer.modules() if module is not layer]
         self._own = [module.__dict__ for module in inner]
@@ -247,9 +253,9 @@ class Guard:
         self._children = [layer._modules, *(module._modules for module in inner)]
         self._tree = self._identities()
 
-    def holds(self) -> bool:
-        """Whether the layer's modules are still the same and as bare as they were."""
-        if any(self._hooks) or self._identities() != self._tree:
+    def holds(self, layer: nn.Module) -> bool:
+        """Whether `layer` is the one (replicas share a state), its modules are the same and as bare as they were."""
+        if self._layer() is not layer or any(self._hooks) or self._identities() != self._tree:
             return False
         return not any("forward" in own or "_hf_hook" in own for own in self._own)
 

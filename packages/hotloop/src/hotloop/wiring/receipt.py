@@ -6,7 +6,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import PlanError, UnwireError
+from hotloop_core.plan import RECOMPUTE_ALL
 
+from hotloop.homes import carried_out, move_more
+
+from . import masks
 from .classes import STATE, wired_class
 
 if TYPE_CHECKING:
@@ -32,6 +36,31 @@ class Swap:
         return type(self.module) is wired_class(self.original, self.role)
 
 
+def check_plan(plan: Plan, layers: int) -> None:
+    """Refuses a plan of another model, and one that names what no layer saves.
+
+    Raises:
+        PlanError: which.
+    """
+    if len(plan.layers) != layers:
+        raise PlanError(
+            f"the plan is for {len(plan.layers)} layers, the model has {layers}; make one for this model: "
+            "hotloop.plan(model, tokens=...)"
+        )
+    known = {"x", *RECOMPUTE_ALL.placements}
+    unknown = {name for layer in plan.layers for name in layer.placements} - known
+    if unknown:
+        raise PlanError(
+            f"the plan places {', '.join(sorted(unknown))}; a layer saves {', '.join(sorted(known))}"
+        )
+
+
+def unwire(module: nn.Module, original: type[nn.Module]) -> None:
+    """Makes one module what it was."""
+    module.__class__ = original
+    del module.__dict__[STATE]
+
+
 @dataclass(eq=False)
 class Receipt:
     """What was replaced, what was left alone and why. `undo()` restores every class and the attention name.
@@ -43,7 +72,7 @@ class Receipt:
     family: FamilySpec
     shared: Shared
     swaps: list[Swap]
-    attention: tuple[str | None, str]
+    attention: tuple[str, str]
     left_alone: dict[str, str] = field(default_factory=dict)
     undone: bool = False
 
@@ -58,12 +87,15 @@ class Receipt:
         return self.shared.waiting.last_store
 
     def replan(self, plan: Plan) -> None:
-        """Puts another plan in force for the next forward; no weight moves."""
-        if len(plan.layers) != len(self.shared.plan.layers):
-            raise PlanError(
-                f"the plan is for {len(plan.layers)} layers, the model has {len(self.shared.plan.layers)}; "
-                "make one for this model: hotloop.plan(model, tokens=...)"
-            )
+        """Puts another plan in force for the next forward. What it has on the host moves there; nothing comes back.
+
+        Raises:
+            PlanError: the plan is for another model, or leaves on the device some of what is on the host while it moves
+                more. UnsupportedError, BudgetError: as `hotloop.homes.settle`. The plan in force stays then.
+        """
+        check_plan(plan, len(self.shared.plan.layers))
+        if not carried_out(self.shared.homes, plan):
+            self.shared.homes = move_more(self.model, plan, self.family)
         self.shared.plan = plan
 
     def undo(self) -> None:
@@ -91,10 +123,18 @@ class Receipt:
                 "set_attn_implementation after wiring. Set it back, then undo."
             )
         for swap in self.swaps:
-            swap.module.__class__ = swap.original
-            del swap.module.__dict__[STATE]
+            unwire(swap.module, swap.original)
+        for module in self.model.modules():  # copies that somebody made of a wired module since
+            if STATE in module.__dict__:
+                unwire(module, type(module).__bases__[0])
         self.model.config._attn_implementation = self.attention[0]  # type: ignore[union-attr]
         self.undone = True
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        masks.register(
+            state["attention"][0]
+        )  # another process may be the one that reads this pickle
+        self.__dict__.update(state)
 
     def __str__(self) -> str:
         roles: dict[str, int] = {}

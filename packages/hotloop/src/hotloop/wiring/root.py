@@ -17,12 +17,12 @@ from hotloop_engine.ops.linear_cross_entropy import (
 )
 from torch import Tensor, nn
 
-from hotloop.homes import move_more
 from hotloop.planner import plan_elsewhere, plan_larger
 
+from .build import compute_dtype
 from .classes import STATE, role
 from .head import fused_head, head_weight
-from .layer import SEQUENCES, Shared, sequences_of
+from .layer import CACHES, SEQUENCES, Shared, sequences_of
 from .lazy import LazyTensor
 
 if TYPE_CHECKING:
@@ -118,6 +118,8 @@ def forward(root: nn.Module, own_forward: Callable[..., Any], *args: Any, **kwar
     request: FusedRequest | None = kwargs.pop(FUSED, None)
     cached = kwargs.get("past_key_values") is not None or kwargs.get("use_cache")
     labels = kwargs.get("labels")
+    if kwargs.get("output_attentions") is None and root.config.output_attentions:  # type: ignore[union-attr]
+        kwargs["output_attentions"] = True  # so that the layers see it
     if kwargs.get("use_cache") is None and (request or labels is not None or _records(root)):
         kwargs["use_cache"] = (
             False  # the default, True, would build a cache that training never reads
@@ -126,6 +128,8 @@ def forward(root: nn.Module, own_forward: Callable[..., Any], *args: Any, **kwar
         kwargs = _with_sequences(kwargs, state.shared.allow_eager)
         if _records(root):
             _plan_for(root, state, kwargs.get(SEQUENCES))
+    elif _records(root):
+        kwargs[CACHES] = True
     shifted = kwargs.get("shift_labels")
     if request is not None:
         return _fused(root, state, request, kwargs)
@@ -153,12 +157,11 @@ def _plan_for(root: Any, state: RootState, sequences: Sequences | None) -> None:
         return
     if sequences.tokens <= now.tokens and sequences.longest <= now.longest:
         return
-    batch = {"tokens": sequences.tokens, "longest": sequences.longest}
+    tokens, longest = sequences.tokens, sequences.longest
     try:
-        larger = plan_larger(root, now, **batch)
+        larger = plan_larger(root, now, tokens=tokens, longest=longest)
     except BudgetError:
-        larger = plan_elsewhere(root, now, **batch)
-        state.shared.homes = move_more(root, larger, state.family)
+        larger = plan_elsewhere(root, now, tokens=tokens, longest=longest)
     state.receipt.replan(larger)
 
 
@@ -189,11 +192,11 @@ def _with_sequences(kwargs: dict[str, Any], allow_eager: Collection[str]) -> dic
     return {**kwargs, SEQUENCES: found}
 
 
-def _plain_loss(root: nn.Module) -> bool:
-    """Whether the model computes the loss that the fused head computes, not one that somebody put in its place."""
+def _plain_loss(root: Any) -> bool:
+    """Whether the loss is the one that the fused head computes: there is a head, and nobody put in another loss."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    return root.loss_function is ForCausalLMLoss
+    return root.get_output_embeddings() is not None and root.loss_function is ForCausalLMLoss
 
 
 _LOSS_ONLY = (
@@ -212,7 +215,8 @@ def _hidden(root: nn.Module, state: RootState, kwargs: Mapping[str, Any]) -> Any
     waiting = state.shared.waiting
     waiting.loss_follows = True
     try:
-        return decoder(**{k: v for k, v in kwargs.items() if k not in _LOSS_ONLY})
+        given = {k: v for k, v in kwargs.items() if k not in _LOSS_ONLY}
+        return decoder(**given, return_dict=True)
     finally:
         waiting.loss_follows = False
 
@@ -268,7 +272,8 @@ def _with_loss(root: Any, state: RootState, kwargs: dict[str, Any]) -> Any:
         attentions=outputs.get("attentions"),
     )
     wants_dict = kwargs.get("return_dict")
-    return result.to_tuple() if wants_dict is False else result
+    wants_dict = root.config.return_dict if wants_dict is None else wants_dict
+    return result if wants_dict else result.to_tuple()
 
 
 def _at_least_one(items: Tensor | int) -> Tensor | int:
@@ -284,14 +289,12 @@ def _lazy_logits(
     else:
         hidden = hidden[:, keep]
     facts = state.shared.facts
-    grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled(hidden.device.type)
-    dtype = torch.get_autocast_dtype(hidden.device.type) if autocast else hidden.dtype
+    kind, dtype = hidden.device.type, compute_dtype(hidden)
+    grad, autocast = torch.is_grad_enabled(), torch.is_autocast_enabled(kind)
+    cast = torch.get_autocast_dtype(kind)
 
     def make() -> Tensor:
-        with (
-            torch.set_grad_enabled(grad),
-            torch.autocast(hidden.device.type, dtype=dtype, enabled=autocast),
-        ):
+        with torch.set_grad_enabled(grad), torch.autocast(kind, dtype=cast, enabled=autocast):
             logits = root.get_output_embeddings()(hidden) / facts.logit_divisor
             if facts.logit_softcap is None:
                 return logits

@@ -98,6 +98,20 @@ def active_module(module: nn.Module) -> nn.Module:
     return saved_module(module) if isinstance(module, ModulesToSaveWrapper) else module
 
 
+def plain_module(module: nn.Module) -> nn.Module:
+    """`active_module`, where no adapter sits on it: those of PEFT that train norms do it in modules of their own.
+
+    Raises:
+        Refusal: an adapter does.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    module = active_module(module)
+    if isinstance(module, BaseTunerLayer):
+        raise Refusal("adapter-kind", f"an adapter of kind {type(module).__name__}")
+    return module
+
+
 def saved_module(wrapper: Any) -> nn.Module:
     """The module that a ModulesToSaveWrapper runs now."""
     names = (
@@ -122,6 +136,8 @@ def _active_lora(layer: Any) -> Lora | None:
     if len(names) > 1:
         raise Refusal("adapters", f"adapters {', '.join(names)} are active together")
     name = names[0]
+    if type(layer.lora_A[name]) is not nn.Linear:  # AdaLoRA
+        raise Refusal("adapter-kind", f"an adapter of kind {type(layer).__name__}")
     if name in layer.lora_variant:
         raise Refusal(
             "adapter-kind", f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
@@ -147,13 +163,22 @@ def _weight(module: nn.Module, cache: FourBitCache) -> Tensor | FourBitWeight:
     raise Refusal("weight-kind", f"a {type(module).__module__}.{type(module).__name__}")
 
 
+def norm_eps(module: Any, otherwise: float) -> float:
+    """Epsilon as the module has it, under the names that transformers and torch use; else the config's."""
+    return getattr(module, "variance_epsilon", getattr(module, "eps", otherwise))
+
+
 def norm_view(module: nn.Module, norms: Norms, eps: float) -> NormView:
-    """What a norm is right now."""
-    module = active_module(module)
+    """What a norm is right now. eps: for a module that does not say.
+
+    Raises:
+        Refusal: an adapter sits on it.
+    """
+    module = plain_module(module)
     return NormView(
         weight=getattr(module, "weight", None),
         bias=getattr(module, "bias", None),
-        eps=eps,
+        eps=norm_eps(module, eps),
         offset=norms.offset,
         kind=norms.kind,
     )

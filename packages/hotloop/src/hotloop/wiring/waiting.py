@@ -25,7 +25,7 @@ class Waiting:
         self._shared = shared
         self.loss_follows = False
         self._store: tuple[Plan, HostActivationStore | None] | None = None
-        self._last: tuple[weakref.ref[Tensor], weakref.ref[Run]] | None = None
+        self._last: tuple[weakref.ref[Tensor], int, weakref.ref[Run]] | None = None
 
     def fetch(self, index: int) -> Callable[[bool], None] | None:
         """What brings the weights of layer `index` to the device; None where they live there.
@@ -51,7 +51,11 @@ class Waiting:
         """The activation store of the plan at hand; None where it offloads nothing."""
         plan = self._shared.plan
         if self._store is None or self._store[0] is not plan:
-            capacity, ahead = offloaded_bytes(plan, self._shared.facts, hidden.element_size())
+            facts = self._shared.facts
+            tokens = (
+                plan.tokens or hidden.numel() // facts.hidden_size
+            )  # a plan may be for any batch
+            capacity, ahead = offloaded_bytes(plan, facts, hidden.element_size(), tokens)
             made = None
             if ahead:
                 made = HostActivationStore(hidden.device, capacity=capacity, ahead=ahead)
@@ -65,26 +69,29 @@ class Waiting:
 
     def below(self, hidden: Tensor) -> Run | None:
         """The run that made `hidden`, if a wired layer did and nobody changed it since."""
-        if self._last is None or self._last[0]() is not hidden:
+        if self._last is None:
             return None
-        return self._last[1]()
+        made, version, run = self._last
+        return run() if made() is hidden and version == hidden._version else None
 
     def passed(self, hidden: Tensor, run: Run | None) -> None:
         """Notes what a layer gave to the next."""
-        self._last = None if run is None else (weakref.ref(hidden), weakref.ref(run))
+        self._last = None
+        if run is not None:
+            self._last = weakref.ref(hidden), hidden._version, weakref.ref(run)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_store": None, "_last": None}
 
 
-def offloaded_bytes(plan: Plan, facts: ModelFacts, width: int) -> tuple[int, int]:
-    """(host bytes that a pass needs, the most that one layer puts), 0 where nothing is offloaded.
+def offloaded_bytes(plan: Plan, facts: ModelFacts, width: int, tokens: int) -> tuple[int, int]:
+    """(host bytes that a pass of `tokens` needs, the most that one layer puts), 0 where nothing is offloaded.
 
     width: bytes of an activation.
     """
     layers = [
         sum(
-            plan.tokens * (width * saved.elements + saved.extra_bytes)
+            tokens * (width * saved.elements + saved.extra_bytes)
             for saved in saved_tensors(facts)
             if layer.placement(saved.name) is Placement.OFFLOAD
         )
