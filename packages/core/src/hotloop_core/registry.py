@@ -261,9 +261,10 @@ def _checked(hook: str, kind: str, results: list[Any], name: str, distribution: 
             raise PluginError(
                 f"plugin {name!r}: {hook} returned a {type(spec).__name__}, expected {kind}"
             )
-        if not isinstance(spec.api, int):
+        api: object = spec.api
+        if not isinstance(api, int):
             raise PluginError(
-                f"plugin {name!r}: api is {spec.api!r}, expected hotloop_core.API as it was when the "
+                f"plugin {name!r}: api is {api!r}, expected hotloop_core.API as it was when the "
                 "plugin was written, a whole number"
             )
         if spec.api not in ACCEPTED:
@@ -273,9 +274,10 @@ def _checked(hook: str, kind: str, results: list[Any], name: str, distribution: 
                 f"plugin {name!r} ({distribution}) is written for api {spec.api}; this hotloop-core "
                 f"accepts {' and '.join(map(str, ACCEPTED))}. Upgrade: `uv add --upgrade {upgrade}`."
             )
-        if isinstance(spec, FamilySpec) and not isinstance(spec.model_types, frozenset | set):
+        model_types: object = getattr(spec, "model_types", frozenset())
+        if not isinstance(model_types, frozenset | set):
             raise PluginError(
-                f"plugin {name!r}: model_types of {spec.name!r} is {spec.model_types!r}, expected a "
+                f"plugin {name!r}: model_types of {spec.name!r} is {model_types!r}, expected a "
                 "frozenset of names"
             )
     return specs
