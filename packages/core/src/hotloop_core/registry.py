@@ -257,14 +257,14 @@ def _checked(hook: str, kind: str, results: list[Any], name: str, distribution: 
             )
         specs.extend(result)  # pyright: ignore[reportUnknownArgumentType]
     for spec in specs:
+        given = spec  # whose fields may be of any type, whatever their class declares
         if not isinstance(spec, _TYPES[kind]):
             raise PluginError(
                 f"plugin {name!r}: {hook} returned a {type(spec).__name__}, expected {kind}"
             )
-        api: object = spec.api
-        if not isinstance(api, int):
+        if not isinstance(given.api, int):
             raise PluginError(
-                f"plugin {name!r}: api is {api!r}, expected hotloop_core.API as it was when the "
+                f"plugin {name!r}: api is {given.api!r}, expected hotloop_core.API as it was when the "
                 "plugin was written, a whole number"
             )
         if spec.api not in ACCEPTED:
@@ -274,10 +274,9 @@ def _checked(hook: str, kind: str, results: list[Any], name: str, distribution: 
                 f"plugin {name!r} ({distribution}) is written for api {spec.api}; this hotloop-core "
                 f"accepts {' and '.join(map(str, ACCEPTED))}. Upgrade: `uv add --upgrade {upgrade}`."
             )
-        model_types: object = getattr(spec, "model_types", frozenset())
-        if not isinstance(model_types, frozenset | set):
+        if isinstance(spec, FamilySpec) and not isinstance(given.model_types, frozenset):
             raise PluginError(
-                f"plugin {name!r}: model_types of {spec.name!r} is {model_types!r}, expected a "
+                f"plugin {name!r}: model_types of {spec.name!r} is {given.model_types!r}, expected a "
                 "frozenset of names"
             )
     return specs
