@@ -231,7 +231,7 @@ def page(history: Path = HISTORY.parent, docs: Path = PAGE.parent) -> str:
         "## A training step",
         "Tokens a second and peak memory of a QLoRA or LoRA step with 8-bit AdamW, each framework in a process of its "
         "own, one after the other on one card; all frameworks at once, one alone, and what fits a budget:",
-        "```sh\npython benchmarks/contest.py --run NAME --commit SHA --models llama3-8b,mistral-7b --out rows.jsonl\n"
+        "```text\npython benchmarks/contest.py --run NAME --commit SHA --models llama3-8b,mistral-7b --out rows.jsonl\n"
         "python benchmarks/step.py make llama3-8b FOLDER\n"
         "python benchmarks/step.py run hotloop FOLDER --no-ckpt --settings 2x2048,8x2048\n"
         "python benchmarks/budget.py llama3-70b 2x2048@23 --run NAME --commit SHA --out rows.jsonl\n```",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hotloop_core.errors import ConfigError, DataError
 from hotloop_core.packing import MASKED, PackedBatch, Piece, pack, pack_stream
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 MILLION = 1_000_000
@@ -148,6 +148,7 @@ def test_a_packing_is_the_same_in_every_process_whatever_pythons_hash_seed() -> 
     st.integers(1, 5),
     st.sampled_from(["cut", "split"]),
 )
+@example([12, 1, 2], 1, 1, "split")
 def test_a_stream_with_a_tiny_buffer_gives_every_token_once(
     lengths: list[int], capacity: int, buffer: int, overlong: str
 ) -> None:

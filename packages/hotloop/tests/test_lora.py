@@ -80,7 +80,7 @@ def test_arguments_that_cannot_be_are_refused(base, arguments, says):
 
 def test_a_second_adapter_is_refused(base):
     model = add_lora(base)
-    with pytest.raises(ConfigError, match="adapters already"):
+    with pytest.raises(ConfigError, match="has the adapters default already"):
         add_lora(model)
 
 
@@ -100,8 +100,9 @@ def test_a_wired_model_is_planned_again_for_its_adapters(tiny_llama):
     before = receipt_of(model).plan
     adapted = add_lora(model, r=64, placements="recompute")
     after = receipt_of(adapted).plan
-    assert after.memory["adapters, gradients, optimizer"] > 0
-    assert before.memory["adapters, gradients, optimizer"] == 0
+    # Loaded with room for adapters of rank 16.
+    room, taken = (plan.memory["adapters, gradients, optimizer"] for plan in (before, after))
+    assert taken == 4 * room > 0
     assert (after.tokens, after.budget) == (before.tokens, before.budget)
     assert after.layers == (RECOMPUTE_ALL,) * 2
     loss = adapted(input_ids=torch.arange(3, 40)[None], labels=torch.arange(3, 40)[None]).loss

@@ -266,7 +266,7 @@ def pack_stream(
         (_, starts, stops), _ = _fitted(alone, capacity, overlong, first=number)
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             waiting.append((Piece(number, start, stop), row))
-        if len(waiting) >= buffer:
+        while len(waiting) >= buffer:  # again where one row was split into more pieces than that
             yield from packed(everything=False)
     if waiting:
         yield from packed(everything=True)
