@@ -44,7 +44,7 @@ class TestPhi4Mini(FamilyConformance):
 
     spec = PHI3
 
-    def tiny_config(self):
+    def tiny_config(self, original=32):
         rope = {
             "rope_type": "longrope",
             "rope_theta": 1e4,
@@ -55,7 +55,7 @@ class TestPhi4Mini(FamilyConformance):
         return Phi3Config(
             **SIZES,
             rope_parameters=rope,
-            original_max_position_embeddings=32,
+            original_max_position_embeddings=original,
             tie_word_embeddings=True,
         )
 
@@ -66,8 +66,9 @@ class TestPhi4Mini(FamilyConformance):
         expected = model(input_ids=ids, labels=ids).loss
         wire(model)
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected)
-        model.config.rope_parameters["original_max_position_embeddings"] = other
-        assert abs(model(input_ids=ids, labels=ids).loss - expected) > 1e-3
+        unlike = build(self.tiny_config(original=other))
+        wire(unlike)
+        assert abs(unlike(input_ids=ids, labels=ids).loss - expected) > 1e-3
 
 
 @pytest.mark.parametrize(
