@@ -195,6 +195,16 @@ class Plan:
         return sum(self.memory.values())
 
     @property
+    def streamed(self) -> tuple[int, ...]:
+        """The layers whose weights stream, in order."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.streamed)
+
+    @property
+    def has_weights_on_host(self) -> bool:
+        """Whether any weight lives in host memory."""
+        return bool(self.streamed) or self.embedding_on_host or self.head_on_host
+
+    @property
     def host_bytes(self) -> int:
         """The pinned host memory."""
         return sum(self.host_memory.values())

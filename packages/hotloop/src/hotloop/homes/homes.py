@@ -52,13 +52,13 @@ class Homes:
 
     def __init__(self, model: Any, plan: Plan, spec: FamilySpec, device: torch.device) -> None:
         self.plan, self.device = plan, device
-        self.layers = tuple(i for i, layer in enumerate(plan.layers) if layer.streamed)
+        self.layers = plan.streamed
         self._model, self._spec = model, spec
         self._store: StreamedWeights | None = StreamedWeights(device) if self.layers else None
         self._index: dict[int, int] = {}
         self._head: HeadHome | None = None
         self._housings: list[Housing] = []
-        if self.layers or plan.embedding_on_host or plan.head_on_host:
+        if plan.has_weights_on_host:
             self._house("", model, HousedModel, self)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -118,7 +118,7 @@ class Homes:
         """Whether all that `plan` has on the host is there."""
         housed = {housing.path for housing in self._housings}
         return (
-            {i for i, layer in enumerate(plan.layers) if layer.streamed} <= set(self._index)
+            set(plan.streamed) <= set(self._index)
             and (not plan.embedding_on_host or self._spec.embedding in housed)
             and (not plan.head_on_host or self._spec.head in housed)
         )
@@ -131,7 +131,7 @@ class Homes:
         Raises:
             PlanError: the plan would bring weights back to the device. Else as `house_layer` and `house_ends`.
         """
-        layers = tuple(i for i, layer in enumerate(plan.layers) if layer.streamed)
+        layers = plan.streamed
         housed = {housing.path for housing in self._housings}
         if not (
             set(self._index) <= set(layers)

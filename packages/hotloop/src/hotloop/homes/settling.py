@@ -65,9 +65,7 @@ def move_more(root: Any, plan: Plan, spec: FamilySpec) -> Homes:
 
 def carried_out(homes: Homes | None, plan: Plan) -> bool:
     """Whether all that a plan has on the host is there."""
-    if homes is not None:
-        return homes.hold(plan)
-    return not (plan.embedding_on_host or plan.head_on_host or any(p.streamed for p in plan.layers))
+    return not plan.has_weights_on_host if homes is None else homes.hold(plan)
 
 
 def prepare(root: Any, plan: Plan, spec: FamilySpec, device: torch.device) -> Homes:

@@ -206,8 +206,7 @@ def _require_plan(plan: Plan, facts: ModelFacts, full_finetuning: bool) -> None:
             f"the plan is for {len(plan.layers)} layers, the model has {facts.layers}; make one for it: "
             "hotloop.plan(name, tokens=...)"
         )
-    away = plan.embedding_on_host or plan.head_on_host or any(p.streamed for p in plan.layers)
-    if away and full_finetuning:
+    if plan.has_weights_on_host and full_finetuning:
         raise PlanError(
             "the plan keeps weights on the host, where only frozen ones can live, but full_finetuning=True trains all. "
             "Plan with full_finetuning=True, or train adapters."

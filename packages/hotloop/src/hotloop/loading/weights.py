@@ -121,11 +121,7 @@ def _stored(
 
 def _away(plan: Plan | None) -> Plan | None:
     """The plan, where it keeps any weight on the host."""
-    if plan is None or not (
-        plan.embedding_on_host or plan.head_on_host or any(p.streamed for p in plan.layers)
-    ):
-        return None
-    return plan
+    return plan if plan is not None and plan.has_weights_on_host else None
 
 
 def _by_transformers(
