@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from hotloop_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import Tensor
 
@@ -324,4 +326,56 @@ class CrossEntropyRows(Protocol):
 
     def scale_rows_(self, g_TD: Tensor, factor_T: Tensor) -> None:
         """Multiplies each row by its factor (fp32, any stride), rounded once, in place."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EightBitTensor:
+    """A parameter of n elements, its gradient and its two moments in bitsandbytes' 8-bit layout.
+
+    parameter, gradient: of one dtype (bf16, fp16, fp32) and shape, contiguous.
+    m_codes, v_codes: uint8, n elements in any shape, contiguous: codes of the flattened moments.
+    m_absmax, v_absmax: fp32 [ceil(n / 256)], the largest magnitude in each run of 256 elements:
+    moment[i] = table[codes[i]] * absmax[i // 256].
+    """
+
+    parameter: Tensor
+    gradient: Tensor
+    m_codes: Tensor
+    v_codes: Tensor
+    m_absmax: Tensor
+    v_absmax: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamWOptions:
+    """The numbers of one AdamW step. step: 1 for the first. Hashable."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+
+
+class AdamW8bit(Protocol):
+    """AdamW (arXiv:1711.05101 algorithm 2) on block-wise 8-bit moments (arXiv:2110.02861 section 2).
+
+    m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2;  with c_i = 1 - beta_i^step
+    p <- (1 - lr weight_decay) p - lr (m / c1) / (sqrt(v / c2) + eps)
+
+    In fp32, on the moments before they are rounded again. Rounded: divided by the new absmax of its 256
+    elements, to the nearest value of its table; a negative m that would round to zero takes the negative value next to
+    it, so that its sign stays. Where the gradient is not finite, p stays and both moments become zero.
+    """
+
+    def update_(
+        self,
+        tensors: Sequence[EightBitTensor],
+        m_table: Tensor,
+        v_table: Tensor,
+        options: AdamWOptions,
+    ) -> None:
+        """In place, for tensors of one dtype on one device. m_table, v_table: fp32 [256], ascending."""
         ...

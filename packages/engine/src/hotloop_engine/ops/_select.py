@@ -22,6 +22,7 @@ ENGINE_OPS = (
     "adapter_glu",
     "nf4",
     "linear_cross_entropy",
+    "adamw_8bit",
 )
 CUDA = frozenset({"cuda"})
 EVERYWHERE = frozenset({"cpu", "cuda", "mps", "xpu"})

@@ -22,7 +22,7 @@ from hotloop_core.plan import KEEP_ALL
 
 from hotloop.homes import homes_of
 
-from . import masks
+from . import masks, optimizer
 from .classes import STATE, wired_class
 from .layer import LayerState, Shared, check_modules, module_paths
 from .norm import NormState, leaf_norms
@@ -279,4 +279,5 @@ def _swap(
         swap(path, norm, "norm", NormState(norms, shared))
     swap("", root, "root", RootState(spec, shared, receipt))
     root.config._attn_implementation = name
+    optimizer.attend(root)
     return receipt

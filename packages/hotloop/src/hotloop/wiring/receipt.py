@@ -10,7 +10,7 @@ from hotloop_core.plan import RECOMPUTE_ALL
 
 from hotloop.homes import carried_out, move_more
 
-from . import masks
+from . import masks, optimizer
 from .classes import STATE, wired_class
 
 if TYPE_CHECKING:
@@ -128,6 +128,7 @@ class Receipt:
             if STATE in module.__dict__:
                 unwire(module, type(module).__bases__[0])
         self.model.config._attn_implementation = self.attention[0]  # type: ignore[union-attr]
+        optimizer.release(self.model)
         self.undone = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
