@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hotloop_testkit.numerics import relative_error
 from hotloop_testkit.tiny import tokenizer as byte_tokenizer
 
 VOCABULARY = 320
@@ -27,6 +28,7 @@ SIZES = {
     "pad_token_id": 2,
 }
 Logits = Callable[..., torch.Tensor]
+InBoth = Callable[..., tuple[torch.Tensor, torch.Tensor, Any]]
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +93,37 @@ def llama_cpp_logits() -> Logits:
             return llama.logits(PROMPT)
 
     return logits
+
+
+@pytest.fixture
+def in_both(tokenizer: Any, hf_logits: Logits, llama_cpp_logits: Logits, tmp_path: Path) -> InBoth:
+    """Writes a model's f32 file, or its adapter's for the file `base`; the bound between the two is the test's.
+
+    Gives what transformers computes of the model, what llama.cpp computes of the file, and the export's report.
+    """
+    from hotloop.exporting import export
+
+    def compute(model: Any, base: Path | None = None, **options: Any) -> Any:
+        truth = hf_logits(model)
+        asked = {"quant": "adapter" if base else "f32", "name": "tiny", **options}
+        report = export(model, tokenizer, tmp_path, format="gguf", **asked)
+        return truth, llama_cpp_logits(report.files[0].path, base), report
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def assert_comes_back(hf_logits: Logits) -> Callable[..., None]:
+    """Loads an f32 file and expects what its model computes, and the model type and other keys of its config."""
+    from hotloop.loading import load
+
+    def check(path: Path, model: Any, truth: torch.Tensor, *keys: str) -> None:
+        again, _ = load(path, bits=16, max_seq_len=64, wire=False, device="cpu", attn="eager")
+        assert relative_error(hf_logits(again), truth) < 1e-6
+        for key in ("model_type", *keys):
+            assert getattr(again.config, key) == getattr(model.config, key), key
+
+    return check
 
 
 @pytest.fixture

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hotloop.exporting import export
-from hotloop.loading import load
 from hotloop_testkit.numerics import relative_error
 from transformers import (
     Glm4Config,
@@ -19,12 +17,11 @@ from transformers import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     import torch
 
     Tiny = Callable[..., Any]
-    Logits = Callable[..., torch.Tensor]
+    InBoth = Callable[..., tuple[torch.Tensor, torch.Tensor, Any]]
 
 pytest.importorskip("llama_cpp", reason="needs the interop group: llama-cpp-python")
 
@@ -83,20 +80,13 @@ def test_f32_file_computes_what_transformers_computes(
     config: type[Any],
     changes: dict[str, Any],
     tiny: Tiny,
-    tokenizer: Any,
-    hf_logits: Logits,
-    llama_cpp_logits: Logits,
-    tmp_path: Path,
+    in_both: InBoth,
+    assert_comes_back: Callable[..., None],
 ) -> None:
     model = tiny(config, **changes)
-    report = export(model, tokenizer, tmp_path, format="gguf", quant="f32", name="tiny")
-    truth, found = hf_logits(model), llama_cpp_logits(report.files[0].path)
+    truth, found, report = in_both(model)
     assert relative_error(found, truth) < 1e-5
-    again, _ = load(
-        report.files[0].path, bits=16, max_seq_len=64, wire=False, device="cpu", attn="eager"
-    )
-    assert relative_error(hf_logits(again), truth) < 1e-6
-    assert again.config.model_type == model.config.model_type
+    assert_comes_back(report.files[0].path, model, truth)
 
 
 @pytest.mark.parametrize("config", [Phi3Config, Glm4Config], ids=["phi3", "glm4"])
@@ -111,20 +101,10 @@ def test_each_fused_tensor_has_the_type_that_llama_cpps_quantiser_gives_it(
     "config", [Phi3Config, GlmConfig, Olmo2Config], ids=["phi3", "glm", "olmo2"]
 )
 def test_an_adapter_s_file_gives_what_peft_computes(
-    config: type[Any],
-    tiny: Tiny,
-    adapted: Tiny,
-    tokenizer: Any,
-    hf_logits: Logits,
-    llama_cpp_logits: Logits,
-    tmp_path: Path,
+    config: type[Any], tiny: Tiny, adapted: Tiny, in_both: InBoth
 ) -> None:
     model = tiny(config, head_dim=16)
-    base = export(model, tokenizer, tmp_path, format="gguf", quant="f32", name="base")
-    before = hf_logits(model)
-    model = adapted(model)
-    truth = hf_logits(model)
+    before, _, base = in_both(model)
+    truth, found, _ = in_both(adapted(model), base=base.files[0].path)
     assert relative_error(before, truth) > 0.1
-    report = export(model, tokenizer, tmp_path, format="gguf", quant="adapter", name="tiny")
-    found = llama_cpp_logits(report.files[0].path, base=base.files[0].path)
     assert relative_error(found, truth) < 1e-5

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     Tiny = Callable[..., Any]
     Logits = Callable[..., torch.Tensor]
+    InBoth = Callable[..., tuple[torch.Tensor, torch.Tensor, Any]]
 
 pytest.importorskip("llama_cpp", reason="needs the interop group: llama-cpp-python")
 
@@ -54,16 +55,9 @@ def rope(kind: str, **parameters: float) -> dict[str, Any]:
     or "plain",
 )  # fmt: skip
 def test_f32_file_computes_what_transformers_computes(
-    changes: dict[str, Any],
-    tiny: Tiny,
-    tokenizer: Any,
-    hf_logits: Logits,
-    llama_cpp_logits: Logits,
-    tmp_path: Path,
+    changes: dict[str, Any], tiny: Tiny, in_both: InBoth
 ) -> None:
-    model = tiny(LlamaConfig, **changes)
-    report = export(model, tokenizer, tmp_path, format="gguf", quant="f32", name="tiny")
-    truth, found = hf_logits(model), llama_cpp_logits(report.files[0].path)
+    truth, found, _ = in_both(tiny(LlamaConfig, **changes))
     assert (found - truth).abs().max() < 1e-4 * truth.abs().max()
 
 
@@ -109,30 +103,17 @@ def test_each_tensor_has_the_type_that_llama_cpps_quantiser_gives_it(
 
 
 def test_adapter_is_merged_into_the_file(
-    adapted: Tiny,
-    tiny: Tiny,
-    tokenizer: Any,
-    hf_logits: Logits,
-    llama_cpp_logits: Logits,
-    tmp_path: Path,
+    adapted: Tiny, tiny: Tiny, hf_logits: Logits, in_both: InBoth
 ) -> None:
     model = tiny(LlamaConfig)
     before = hf_logits(model)
-    model = adapted(model)
-    truth = hf_logits(model)
+    truth, found, _ = in_both(adapted(model))
     assert (truth - before).abs().max() > 0.1
-    report = export(model, tokenizer, tmp_path, format="gguf", quant="f32", name="tiny")
-    found = llama_cpp_logits(report.files[0].path)
     assert (found - truth).abs().max() < 1e-4 * truth.abs().max()
 
 
 def test_embedding_rows_beyond_the_tokenizer_are_padded(
-    tiny: Tiny,
-    tokenizer: Any,
-    hf_logits: Logits,
-    llama_cpp_logits: Logits,
-    tmp_path: Path,
+    tiny: Tiny, tokenizer: Any, in_both: InBoth
 ) -> None:
-    model = tiny(LlamaConfig, vocab_size=len(tokenizer) + 29)
-    report = export(model, tokenizer, tmp_path, format="gguf", quant="f32", name="tiny")
-    assert torch.allclose(llama_cpp_logits(report.files[0].path), hf_logits(model), atol=1e-3)
+    truth, found, _ = in_both(tiny(LlamaConfig, vocab_size=len(tokenizer) + 29))
+    assert torch.allclose(found, truth, atol=1e-3)

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hotloop.exporting import export
-from hotloop.loading import load
 from hotloop_core.errors import UnsupportedError
 from hotloop_testkit.numerics import relative_error
 from transformers import (
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     Tiny = Callable[..., Any]
-    Logits = Callable[..., torch.Tensor]
+    InBoth = Callable[..., tuple[torch.Tensor, torch.Tensor, Any]]
 
 pytest.importorskip("llama_cpp", reason="needs the interop group: llama-cpp-python")
 
@@ -76,46 +75,26 @@ def test_a_file_of_unlike_layers_computes_what_transformers_computes(
     config: type[Any],
     changes: dict[str, Any],
     tiny: Tiny,
-    tokenizer: Any,
-    hf_logits: Logits,
-    llama_cpp_logits: Logits,
-    tmp_path: Path,
+    in_both: InBoth,
+    assert_comes_back: Callable[..., None],
 ) -> None:
     model = tiny(config, **LONG | changes)
-    report = export(model, tokenizer, tmp_path, format="gguf", quant="f32", name="tiny")
+    truth, found, report = in_both(model)
     assert not report.notes
-    truth, found = hf_logits(model), llama_cpp_logits(report.files[0].path)
     assert relative_error(found, truth) < 1e-5
-    again, _ = load(
-        report.files[0].path, bits=16, max_seq_len=64, wire=False, device="cpu", attn="eager"
-    )
-    assert relative_error(hf_logits(again), truth) < 1e-6
-    assert again.config.model_type == model.config.model_type
-    for key in ("sliding_window", "layer_types"):
-        assert getattr(again.config, key) == getattr(model.config, key), key
+    assert_comes_back(report.files[0].path, model, truth, "sliding_window", "layer_types")
 
 
 @pytest.mark.parametrize(
     "config, changes", [(SmolLM3Config, {}), (Exaone4Config, NO_WINDOW)], ids=["smollm3", "exaone4"]
 )
 def test_an_adapter_of_unlike_layers_gives_what_peft_computes(
-    config: type[Any],
-    changes: dict[str, Any],
-    tiny: Tiny,
-    adapted: Tiny,
-    tokenizer: Any,
-    hf_logits: Logits,
-    llama_cpp_logits: Logits,
-    tmp_path: Path,
+    config: type[Any], changes: dict[str, Any], tiny: Tiny, adapted: Tiny, in_both: InBoth
 ) -> None:
     model = tiny(config, **LONG | changes)
-    base = export(model, tokenizer, tmp_path, format="gguf", quant="f32", name="base")
-    before = hf_logits(model)
-    model = adapted(model)
-    truth = hf_logits(model)
+    before, _, base = in_both(model)
+    truth, found, _ = in_both(adapted(model), base=base.files[0].path)
     assert relative_error(before, truth) > 0.1
-    report = export(model, tokenizer, tmp_path, format="gguf", quant="adapter", name="tiny")
-    found = llama_cpp_logits(report.files[0].path, base=base.files[0].path)
     assert relative_error(found, truth) < 1e-5
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     Tiny = Callable[..., Any]
     Logits = Callable[..., torch.Tensor]
+    InBoth = Callable[..., tuple[torch.Tensor, torch.Tensor, Any]]
 
 pytest.importorskip("llama_cpp", reason="needs the interop group: llama-cpp-python")
 
@@ -48,19 +49,15 @@ def test_an_adapter_on_its_base_computes_what_the_adapter_model_computes(
     tiny: Tiny,
     adapted: Tiny,
     tokenizer: Any,
-    hf_logits: Logits,
-    llama_cpp_logits: Logits,
-    tmp_path: Path,
+    in_both: InBoth,
 ) -> None:
     plain = tiny(kind, **changes)
-    before = hf_logits(plain)
-    base = export(plain, tokenizer, tmp_path, format="gguf", quant="f32", name="base").files[0].path
+    before, _, written = in_both(plain)
+    base = written.files[0].path
     model = adapted(plain, std=0.1, **options)
-    truth = hf_logits(model)
-    report = export(model, tokenizer, tmp_path, format="gguf", quant="lora", name="tune")
+    truth, found, report = in_both(model, base=base, quant="lora", name="tune")
     (file,) = report.files
     assert file.path.name == "tune-adapter.gguf" and report.quants == ("adapter",)
-    found = llama_cpp_logits(file.path, base)
     # llama.cpp looks Gemma's GELU up in a table of fp16 values.
     limit = 2e-3 if kind is Gemma2Config else 1e-4
     assert (truth - before).abs().max() > 0.05 * before.abs().max()
