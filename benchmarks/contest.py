@@ -94,7 +94,7 @@ def begin(start: Start, folder: Path, options: argparse.Namespace) -> subprocess
     command += [] if start.vram is None else ["--vram", start.vram]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = {**os.environ, **step.OFFLINE}
-    if options.fa4 and start.framework == "hotloop":
+    if options.fa4 and start.framework.startswith("hotloop"):
         paths = [options.fa4, environment.get("PYTHONPATH")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return subprocess.Popen(command, text=True, env=environment, **pipes)
@@ -195,7 +195,7 @@ def contest(options: argparse.Namespace) -> int:
                 continue
             for line in measured(start, ready.pop(number), options):
                 row = {**common, "model": model, **line}
-                if options.fa4 and start.framework == "hotloop":
+                if options.fa4 and start.framework.startswith("hotloop"):
                     row["attention"] = "flash-attn-4"
                 with Path(options.out).open("a", encoding="utf-8") as rows:
                     rows.write(json.dumps(row) + "\n")

@@ -3,7 +3,8 @@
     python benchmarks/profile_step.py FOLDER [--batch 8] [--seq 2048] [--bits 4] [--no-ckpt] [--rows 40]
     python benchmarks/profile_step.py FOLDER --framework unsloth
 
-Prints one JSON line for the step and one for each kind of kernel, then a table of the kernels.
+Prints one JSON line for the step and one for each kind of kernel, then a table of the kernels, and between which of
+them the device waited.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from itertools import pairwise
 
 import torch
 from step import Wanted
@@ -36,6 +38,20 @@ def kind_of(name: str) -> str:
         if any(word.lower() in lowered for word in words):
             return kind
     return "other"
+
+
+def waits(run: profile) -> list[tuple[float, int, str]]:
+    """(milliseconds a step, times a step, "kernel -> next kernel") of the device's idle time, longest first."""
+    device = [e for e in run.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    device.sort(key=lambda e: e.time_range.start)
+    found: dict[str, list[float]] = defaultdict(list)
+    end = device[0].time_range.start
+    for before, after in pairwise(device):
+        end = max(end, before.time_range.end)
+        gap = after.time_range.start - end
+        if gap > 0:
+            found[f"{before.name[:44]} -> {after.name[:44]}"].append(gap / 1e3)
+    return sorted(((sum(g) / 2, len(g) // 2, name) for name, g in found.items()), reverse=True)
 
 
 def main() -> None:
@@ -84,6 +100,10 @@ def main() -> None:
     rows = [e for e in kernels if e.device_type == torch.autograd.DeviceType.CUDA]
     for e in sorted(rows, key=lambda e: -e.self_device_time_total)[: a.rows]:
         print(f"{e.self_device_time_total / 2000:9.3f} ms {e.count // 2:5d}x {e.key[:120]}")
+    gaps = waits(run)
+    print(f"the device waits {sum(ms for ms, _, _ in gaps):.2f} ms a step")
+    for ms, count, name in gaps[: a.rows]:
+        print(f"{ms:9.3f} ms {count:5d}x {name}")
 
 
 if __name__ == "__main__":

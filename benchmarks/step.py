@@ -15,6 +15,7 @@ speed counts. `--vram` caps the process at so many GiB, as a smaller card would.
     liger    hf with Liger's kernels
     unsloth  its FastLanguageModel, its offloaded checkpointing unless --no-ckpt
     hotloop  the same calls of ours
+    hotloop-bnb  hotloop, but bitsandbytes' optimizer takes its own step, tensor by tensor, as in the others
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ class Wanted:
 
     def load(self) -> Any:
         """The model with its adapters, in training mode."""
-        fast = {"unsloth": "unsloth", "hotloop": "hotloop"}.get(self.framework)
-        if fast is not None:
+        fast = self.framework.partition("-")[0]
+        if fast in ("unsloth", "hotloop"):
             model = self._fast(importlib.import_module(fast).FastLanguageModel)
         else:
             model = self._plain()
@@ -154,9 +155,12 @@ class Wanted:
 
 
 class Training:
-    """A loaded model, its trained parameters and their optimizer."""
+    """A loaded model, its trained parameters and their optimizer.
 
-    def __init__(self, model: Any) -> None:
+    plain_optimizer: of a subclass, which Hotloop leaves alone.
+    """
+
+    def __init__(self, model: Any, *, plain_optimizer: bool = False) -> None:
         import torch
 
         self.model = model
@@ -164,7 +168,10 @@ class Training:
         if torch.cuda.is_available():
             import bitsandbytes as bnb
 
-            self.optimizer: Any = bnb.optim.AdamW8bit(self.parameters, lr=2e-4)
+            kind = bnb.optim.AdamW8bit
+            if plain_optimizer:
+                kind = type("Plain", (kind,), {})
+            self.optimizer: Any = kind(self.parameters, lr=2e-4)
         else:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-4)
 
@@ -231,7 +238,7 @@ def run(wanted: Wanted, settings: list[tuple[int, int]], *, warmup: int, steps: 
     if wanted.vram is not None:
         cap(wanted.vram)
     began = time.perf_counter()
-    training = Training(wanted.load())
+    training = Training(wanted.load(), plain_optimizer=wanted.framework == "hotloop-bnb")
     line: dict[str, Any] = {"framework": wanted.framework, "bits": wanted.bits}
     loaded = {"load_s": round(time.perf_counter() - began, 1)}
     if torch.cuda.is_available():
@@ -275,7 +282,9 @@ def main() -> None:
     making.add_argument("model", choices=MODELS)
     making.add_argument("folder")
     running = commands.add_parser("run", help="measure one framework")
-    running.add_argument("framework", choices=["hotloop", "unsloth", "liger", "hf", "hf-kbit"])
+    running.add_argument(
+        "framework", choices=["hotloop", "hotloop-bnb", "unsloth", "liger", "hf", "hf-kbit"]
+    )
     running.add_argument("folder")
     running.add_argument("--settings", type=sizes, default="2x2048")
     running.add_argument("--bits", type=int, choices=[4, 16], default=4)

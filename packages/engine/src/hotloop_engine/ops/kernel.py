@@ -13,6 +13,8 @@ from hotloop_core.errors import UnsupportedError
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True where kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 at import)."""
 
+_NO_ASSEMBLY = tl.constexpr(INTERPRETED)
+
 FUSED = {"enable_fp_fusion": True}
 """For every launch that says nothing else: more exact, and Triton's default differs between versions."""
 
@@ -24,6 +26,51 @@ def wide(x):
         return x
     else:
         return x.to(tl.float32)
+
+
+@triton.jit
+def sigmoid(x):
+    """Returns 1 / (1 + exp(-x)), in fp32 by the special functions of the card as they are.
+
+    Exponential and reciprocal are off by two units in the last place at most; what `tl.sigmoid` adds for denormal
+    values, ten instructions of its thirty, only matters where the result is below 1e-38.
+    """
+    if _NO_ASSEMBLY or x.dtype != tl.float32:
+        return tl.sigmoid(x)
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            mul.ftz.f32 $0, $1, 0fBFB8AA3B;
+            ex2.approx.ftz.f32 $0, $0;
+            add.ftz.f32 $0, $0, 0f3F800000;
+            rcp.approx.ftz.f32 $0, $0;
+            }""",  # -log2(e) and 1
+            constraints="=f,f",
+            args=[x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def made_once(x):
+    """Returns x [16-bit], which the compiler then does not make a second time in another layout.
+
+    Where a matrix product wants an operand in other registers than a store does, Triton may compute the operand twice
+    from its inputs instead of moving it.
+    """
+    if _NO_ASSEMBLY:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;",
+            constraints="=r,r",
+            args=[x],
+            dtype=x.dtype,
+            is_pure=False,
+            pack=2,
+        )
 
 
 @cache

@@ -8,7 +8,7 @@ sums of the shares are added in order by a second, small launch: no atomics, the
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 
     from hotloop_engine.ops.lora_linear import LinearGroup
 
-ROWS, COLUMNS, NUM_WARPS = 64, 128, 4
+
+class Tile(NamedTuple):
+    """What of the wide operand a program has at once, and how it runs."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+TILE = Tile(rows=64, columns=128, warps=4, stages=3)
 LINES = 64  # of dA and dB, for a program that adds partial sums
 MOST = 3  # projections in a group
 
@@ -34,11 +44,13 @@ def padded(columns: int) -> int:
     return max(16, 1 << (columns - 1).bit_length())
 
 
-def shares(tokens: int, blocks: int, device: torch.device) -> tuple[int, int]:
-    """(number of shares, tokens in each) that give four programs a multiprocessor, at least 256 tokens each."""
+def shares(tokens: int, blocks: int, rows: int, device: torch.device) -> tuple[int, int]:
+    """(number of shares, tokens in each, a multiple of `rows`) that give four programs a multiprocessor, at least 256
+    tokens each.
+    """
     wanted = max(1, -(-4 * multiprocessors(device) // max(1, blocks)))
     count = max(1, min(wanted, tokens // 256))
-    share = -(-max(1, tokens) // (count * ROWS)) * ROWS
+    share = -(-max(1, tokens) // (count * rows)) * rows
     return max(1, -(-tokens // share)), share
 
 
@@ -65,6 +77,7 @@ def _column_sums(
     P: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     program = tl.program_id(0)
     part = program // blocks
@@ -73,7 +86,7 @@ def _column_sums(
     first = part * share
     last = tl.minimum(first + share, tokens)
     total = tl.zeros((COLUMNS, P), dtype=tl.float32)
-    for row in range(first, last, ROWS):
+    for row in tl.range(first, last, ROWS, num_stages=STAGES):
         t = row + tl.arange(0, ROWS)
         inside = (t < last)[:, None]
         line = t[:, None].to(tl.int64)
@@ -163,8 +176,8 @@ def column_sums(a_TM: Tensor, b_TC: Tensor, *, row_scale_T: Tensor | None = None
     (tokens, m), columns = a_TM.shape, b_TC.shape[1]
     if columns > WIDEST or a_TM.dtype not in (torch.bfloat16, torch.float16) or not tokens:
         return reference.column_sums(a_TM, b_TC, row_scale_T=row_scale_T)
-    blocks = -(-m // COLUMNS)
-    count, share = shares(tokens, blocks, a_TM.device)
+    blocks = -(-m // TILE.columns)
+    count, share = shares(tokens, blocks, TILE.rows, a_TM.device)
     p = padded(columns)
     out = torch.empty(count, m, p, dtype=torch.float32, device=a_TM.device)
     launch(
@@ -183,8 +196,14 @@ def column_sums(a_TM: Tensor, b_TC: Tensor, *, row_scale_T: Tensor | None = None
             b_TC.stride(0),
             columns,
         ),
-        {"SCALED": row_scale_T is not None, "P": p, "ROWS": ROWS, "COLUMNS": COLUMNS},
-        num_warps=NUM_WARPS,
+        {
+            "SCALED": row_scale_T is not None,
+            "P": p,
+            "ROWS": TILE.rows,
+            "COLUMNS": TILE.columns,
+            "STAGES": TILE.stages,
+        },
+        num_warps=TILE.warps,
     )
     return out
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from hotloop_engine.ops.kernel import launch, require_unit_last, wide
+from hotloop_engine.ops.kernel import launch, require_unit_last, sigmoid, wide
 
 if TYPE_CHECKING:
     from hotloop_core.kernels import Activation
@@ -30,17 +30,21 @@ ONE_OVER_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """act(x) = x p and act'(x) = p + x p', as in `reference.activate`."""
+    """act(x) = x p and act'(x) = p + x p', as in `reference.activate`; for a sigmoid p' = p (1 - p) inner'."""
     if ACTIVATION == "silu":
-        p = tl.sigmoid(x)
-        slope = p * (1 - p)
+        p = sigmoid(x)
+        activated = x * p
+        return activated, p + activated * (1 - p)
     elif ACTIVATION == "gelu":
         p = 0.5 * (1 + tl.erf(x * SQRT_HALF))
         slope = tl.exp(-0.5 * x * x) * ONE_OVER_SQRT_2_PI
+        return x * p, p + x * slope
     else:
-        p = tl.sigmoid(x * TWO_SQRT_2_OVER_PI * (1 + 0.044715 * x * x))
-        slope = p * (1 - p) * TWO_SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x * x)
-    return x * p, p + x * slope
+        square = x * x
+        p = sigmoid(x * (TWO_SQRT_2_OVER_PI + (TWO_SQRT_2_OVER_PI * 0.044715) * square))
+        activated = x * p
+        inner = TWO_SQRT_2_OVER_PI + (TWO_SQRT_2_OVER_PI * 3 * 0.044715) * square
+        return activated, p + activated * (1 - p) * inner
 
 
 @triton.jit
