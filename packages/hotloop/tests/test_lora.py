@@ -4,9 +4,12 @@ import pytest
 import torch
 from hotloop.loading import load
 from hotloop.lora import add_lora
-from hotloop.wiring import receipt_of
-from hotloop_core.errors import BudgetError, ConfigError
-from hotloop_core.plan import RECOMPUTE_ALL
+from hotloop.planner import plan
+from hotloop.wiring import receipt_of, wire
+from hotloop_core.errors import BudgetError, ConfigError, PlanError
+from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, LayerPlan, Placement, Plan
+
+KEEP, OFFLOAD = Placement.KEEP, Placement.OFFLOAD
 
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -116,3 +119,52 @@ def test_adapters_that_do_not_fit_are_refused_and_the_model_is_as_it_was(tiny_ll
     with pytest.raises(BudgetError, match="at least"):
         add_lora(model, r=512)
     assert [name for name, _ in model.named_parameters()] == names
+
+
+def planned_and_adapted(model, **options):
+    """The plan of a model that was planned with these options and then got adapters."""
+    wire(model, plan(model, tokens=64, **options))
+    return receipt_of(add_lora(model, r=4)).plan
+
+
+@pytest.mark.parametrize("vram", [None, "1GiB"])
+def test_adapters_keep_what_was_chosen_for_the_plan_before(base, vram):
+    lossy = planned_and_adapted(copy.deepcopy(base), nf4_kv=True, vram=vram)
+    assert all(layer.nf4_kv for layer in lossy.layers)
+    chosen = planned_and_adapted(copy.deepcopy(base), placements="offload", vram=vram)
+    assert chosen.fixed
+    assert [layer.placement("x") for layer in chosen.layers] == [OFFLOAD, KEEP]
+    both = {"placements": {"gate_up": "recompute"}, "nf4_kv": True, "vram": vram}
+    made = planned_and_adapted(base, **both)
+    assert {layer.placement("gate_up") for layer in made.layers} == {Placement.RECOMPUTE}
+    assert all(layer.nf4_kv for layer in made.layers)
+    assert made.memory["adapters, gradients, optimizer"] > 0
+
+
+def test_new_placements_take_the_place_of_those_before(base):
+    wire(base, plan(base, tokens=64, placements="offload", vram="1GiB"))
+    made = receipt_of(add_lora(base, r=4, placements="keep")).plan
+    assert made.fixed
+    assert made.layers == (KEEP_ALL,) * 2
+
+
+def test_chosen_placements_that_do_not_fit_with_adapters_move_no_weights(base):
+    least = plan(base, tokens=64, placements="keep").peak_bytes
+    wire(base, plan(base, tokens=64, placements="keep", vram=least + 2**20))
+    with pytest.raises(BudgetError, match="with these placements"):
+        add_lora(base, r=512)
+    assert not adapters(base)
+    assert not receipt_of(base).plan.has_weights_on_host
+
+
+def test_adapters_change_no_plan_that_was_made_by_hand(base):
+    layers = (LayerPlan(placements={"gate_up": OFFLOAD}), RECOMPUTE_ALL)
+    wire(base, Plan(layers=layers, tokens=64, longest=32))
+    assert receipt_of(add_lora(base, r=4)).plan == Plan(layers=layers, tokens=64, longest=32)
+
+
+def test_a_model_that_was_wired_without_a_plan_gets_adapters(base):
+    wire(base)
+    with pytest.raises(PlanError, match="expected one that knows its batch"):
+        add_lora(base, placements="recompute")
+    assert receipt_of(add_lora(base)).plan.layers == (KEEP_ALL,) * 2

@@ -203,6 +203,13 @@ def test_keys_and_values_in_nf4_are_counted_and_never_chosen():
     )  # recomputed: nothing waits
 
 
+def test_nf4_stays_asked_for_where_the_first_layers_have_nothing_that_waits():
+    made = h100(tokens=16384, vram="18GiB", host=0, nf4_kv=True)
+    assert 0 < sum(layer.nf4_kv for layer in made.layers) < 32
+    assert not made.layers[0].nf4_kv
+    assert any(layer.nf4_kv for layer in plan_larger(LLAMA_8B, made, tokens=16400).layers)
+
+
 def test_weights_stay_where_a_plan_has_put_them():
     first = h100(vram="3.4GiB")
     again = h100(tokens=2048, vram="30GiB", homes=first)

@@ -8,8 +8,8 @@ import difflib
 import re
 from typing import TYPE_CHECKING, Literal
 
-from hotloop_core import FamilySpec, Plan, discover
-from hotloop_core.errors import BudgetError, ConfigError
+from hotloop_core import FamilySpec, discover
+from hotloop_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hotloop.planner.make import Placements
-    from hotloop.wiring import Receipt
 
 
 def add_lora(
@@ -44,7 +43,8 @@ def add_lora(
     is left alone.
 
     Args:
-        model: wired or not; a wired one gets a plan for its larger need.
+        model: wired or not; a wired one gets a plan for its larger need, within the budget that it was wired for. What
+            does not fit with the weights as they are moves more of these to the host.
         r: rank.
         alpha: see the equation.
         dropout: on the adapters' input, in [0, 1).
@@ -55,7 +55,7 @@ def add_lora(
         rslora: see the equation (arXiv:2312.03732).
         bias: which biases train: "none", "all", or "lora_only" (of the adapted layers).
         modules_to_save: trained in full, saved with the adapter.
-        placements: fixed choices for the plan; None: the fastest that fits.
+        placements: fixed choices for the plan; None: those that it was made with, else the fastest that fits.
         family: as for `load`.
 
     Returns:
@@ -71,6 +71,8 @@ def add_lora(
     from peft import LoraConfig, PeftModel, get_peft_model
 
     from hotloop.homes import homes_of
+    from hotloop.planner import plan_again
+    from hotloop.wiring import receipt_of
 
     if isinstance(model, PeftModel):
         raise ConfigError(
@@ -85,10 +87,10 @@ def add_lora(
     spec = discover().match(config, family=family)
     names = _modules(model, spec, targets)
     roles = _roles(spec, config, names, model)
-    planned = _plan(model, dict.fromkeys(roles, r), placements)
-    if planned is not None:
-        receipt, plan = planned
-        receipt.replan(plan)  # before the adapters take the room that weights may have to leave
+    receipt = receipt_of(model)
+    if receipt is not None:  # before the adapters take the room that weights may have to leave
+        ranks = dict.fromkeys(roles, r)
+        receipt.replan(plan_again(model, receipt.plan, lora=ranks, placements=placements))
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
         torch.manual_seed(seed)
@@ -164,33 +166,3 @@ def _roles(
         if hit:
             roles.append(role)
     return roles
-
-
-def _plan(
-    model: PreTrainedModel, ranks: dict[str, int], placements: Placements | None
-) -> tuple[Receipt, Plan] | None:
-    """The receipt of a wired model, and a plan for its adapters within the budget that it was wired for; None if it is
-    not wired. Where they do not fit with the weights as they are, more of these are on the host.
-    """
-    from hotloop.planner import plan, plan_elsewhere
-    from hotloop.wiring import receipt_of
-
-    receipt = receipt_of(model)
-    if receipt is None or receipt.plan is None:
-        return None
-    now = receipt.plan
-    try:
-        found = plan(
-            model,
-            tokens=now.tokens,
-            longest=now.longest,
-            lora=ranks,
-            vram=now.budget,
-            placements=placements,
-            homes=now,
-        )
-    except BudgetError:
-        if placements is not None:
-            raise
-        found = plan_elsewhere(model, now, lora=ranks)
-    return receipt, found

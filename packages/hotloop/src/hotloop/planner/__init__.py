@@ -4,7 +4,7 @@ model.
 
 from .amounts import parse_bytes
 from .cards import CARDS, Card, find_card
-from .make import checkpointing_placements, plan, plan_elsewhere, plan_larger
+from .make import checkpointing_placements, plan, plan_again, plan_larger
 from .oom import explain_oom, plan_after_oom
 from .tables import Line, Outlook, outlook, summary
 from .task import Request
@@ -22,7 +22,7 @@ __all__ = [
     "parse_bytes",
     "plan",
     "plan_after_oom",
-    "plan_elsewhere",
+    "plan_again",
     "plan_larger",
     "summary",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
-from hotloop_core.errors import ConfigError
+from hotloop_core.errors import BudgetError, ConfigError, PlanError
 
 from .host import host_limit
 from .task import Request, Task
@@ -79,45 +79,70 @@ def plan(
     return Task.of(model_or_config, request).plan()
 
 
-def plan_larger(model: PreTrainedModel, now: Plan, *, tokens: int, longest: int) -> Plan:
-    """`now` for a batch larger than it was made for: the same budgets, weights where they are, and
-    the same placements if they were chosen.
-
-    Raises:
-        BudgetError: the larger batch does not fit.
-
-    """
-    tokens, longest = max(tokens, now.tokens), max(longest, now.longest)
-    if now.budget is None:
-        return replace(now, tokens=tokens, longest=longest, memory={}, step_ms={}, notes=())
-    task = Task.of(model, replace(request_again(now), tokens=tokens, longest=longest))
-    return task.training_as(now).plan()
-
-
-def plan_elsewhere(
+def plan_again(
     model: PreTrainedModel,
     now: Plan,
     *,
     tokens: int = 0,
     longest: int = 0,
     lora: Mapping[str, int] | None = None,
+    placements: Placements | None = None,
 ) -> Plan:
-    """`now` for a batch, or for adapters, that do not fit with the weights where they are: with more of them on the
-    host.
+    """As `plan_larger`; what does not fit with the weights where they are has more of them on the host.
+
+    Chosen placements say nothing of weights, and move none.
 
     Raises:
         BudgetError: it does not fit whatever is on the host.
+        PlanError: as `plan_larger`.
 
     """
-    tokens, longest = max(tokens, now.tokens), max(longest, now.longest)
-    batch = {"tokens": tokens, "longest": longest, "host": host_limit(again=True)}
-    request = replace(request_again(now), homes=None, lora=lora, **batch)
+    try:
+        return plan_larger(
+            model, now, tokens=tokens, longest=longest, lora=lora, placements=placements
+        )
+    except BudgetError:
+        if now.fixed or placements is not None:
+            raise
+    return _elsewhere(model, now, _larger(now, tokens, longest, lora))
 
-    def task(request: Request) -> Task:
-        found = Task.of(model, request)
-        return found.training_as(now) if lora is None else found
 
-    free = task(request).plan()
+def plan_larger(
+    model: PreTrainedModel,
+    now: Plan,
+    *,
+    tokens: int = 0,
+    longest: int = 0,
+    lora: Mapping[str, int] | None = None,
+    placements: Placements | None = None,
+) -> Plan:
+    """`now` for a larger batch, or for adapters that are to come: within its budget, weights where they are. What was
+    chosen stays: placements, unless there are others, and keys and values in NF4.
+
+    A plan without budget and prediction, as by hand, only gets the larger numbers.
+
+    Raises:
+        BudgetError: that does not fit.
+        PlanError: placements for a plan that knows of no batch.
+
+    """
+    request = _larger(now, tokens, longest, lora)
+    if placements is not None:
+        if not request.tokens:
+            raise PlanError(
+                f"found placements={placements!r} for a model that was wired without a plan; expected one that knows "
+                "its batch: wire(model, hotloop.plan(model, tokens=..., placements=...))"
+            )
+        request = replace(request, placements=placements)
+    elif now.budget is None and not now.memory:
+        return replace(now, tokens=request.tokens, longest=max(longest, now.longest))
+    return _task(model, now, request).plan()
+
+
+def _elsewhere(model: PreTrainedModel, now: Plan, request: Request) -> Plan:
+    """The plan of `request` where weights may move to the host; what `now` has there stays."""
+    request = replace(request, homes=None, host=host_limit(again=True))
+    free = _task(model, now, request).plan()
     layers = tuple(
         replace(new, streamed=new.streamed or old.streamed)
         for new, old in zip(free.layers, now.layers, strict=True)
@@ -128,7 +153,23 @@ def plan_elsewhere(
         embedding_on_host=free.embedding_on_host or now.embedding_on_host,
         head_on_host=free.head_on_host or now.head_on_host,
     )
-    return task(replace(request, homes=homes)).plan()
+    return _task(model, now, replace(request, homes=homes)).plan()
+
+
+def _task(model: PreTrainedModel, now: Plan, request: Request) -> Task:
+    """The task of a request; what trains is that of `now` unless adapters are to come."""
+    task = Task.of(model, request)
+    return task.training_as(now) if request.lora is None else task
+
+
+def _larger(now: Plan, tokens: int, longest: int, lora: Mapping[str, int] | None) -> Request:
+    """The request that `now` answers, for no smaller a batch, and for adapters."""
+    return replace(
+        request_again(now),
+        tokens=max(tokens, now.tokens),
+        longest=max(longest, now.longest),
+        lora=lora,
+    )
 
 
 def request_again(now: Plan) -> Request:
@@ -141,7 +182,7 @@ def request_again(now: Plan) -> Request:
         vram=now.budget,
         placements=now.layers[0].placements if now.fixed else None,
         homes=now,
-        nf4_kv=now.layers[0].nf4_kv,
+        nf4_kv=any(layer.nf4_kv for layer in now.layers),
     )
 
 

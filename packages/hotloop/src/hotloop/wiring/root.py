@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from hotloop_core.errors import BudgetError, DataError, UnsupportedError
+from hotloop_core.errors import DataError, UnsupportedError
 from hotloop_core.kernels import HeadLossOptions
 from hotloop_engine.ops.linear_cross_entropy import (
     TrainedRows,
@@ -17,7 +17,7 @@ from hotloop_engine.ops.linear_cross_entropy import (
 )
 from torch import Tensor, nn
 
-from hotloop.planner import plan_elsewhere, plan_larger
+from hotloop.planner import plan_again
 
 from .build import compute_dtype
 from .classes import STATE, role
@@ -157,11 +157,7 @@ def _plan_for(root: Any, state: RootState, sequences: Sequences | None) -> None:
         return
     if sequences.tokens <= now.tokens and sequences.longest <= now.longest:
         return
-    tokens, longest = sequences.tokens, sequences.longest
-    try:
-        larger = plan_larger(root, now, tokens=tokens, longest=longest)
-    except BudgetError:
-        larger = plan_elsewhere(root, now, tokens=tokens, longest=longest)
+    larger = plan_again(root, now, tokens=sequences.tokens, longest=sequences.longest)
     state.receipt.replan(larger)
 
 
