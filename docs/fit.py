@@ -26,6 +26,10 @@ HOST = "100GiB"
 HOSTS = {"h100-8": "98.6GiB"}
 """What a run's host could pin, where its plans took nearly all: with it they come out as they ran."""
 
+ONE_LAUNCH = "2026-11-29"
+"""Rows of days before it had a step of AdamW that waits for the card after each tensor, as the paged one still does
+(decision 21)."""
+
 COMMON: dict[str, Any] = {"card": "H100", "lora": 16, "host": HOST}
 
 PUBLISHED_GB = {
@@ -204,6 +208,7 @@ def _as_it_ran(row: Row) -> Plan:
     common = {**COMMON, "host": host, "bits": row["bits"]}
     common |= {"placements": row.get("placements", "keep"), "longest": row["seq"]}
     common |= {"vram": f"{row['vram']}GiB" if row.get("vram") else "78.5GiB"}
+    common |= {"optimizer": "paged_adamw_8bit"} if row["date"] < ONE_LAUNCH else {}
     shape, homes = SHAPES[row["model"]], None
     if common["placements"] is None:
         homes = plan(shape, tokens=row["seq"], **{**common, "lora": row.get("expected_rank")})

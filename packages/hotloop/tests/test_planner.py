@@ -11,8 +11,8 @@ from hotloop.planner import (
     plan,
     plan_larger,
 )
-from hotloop.planner.job import Job
-from hotloop.planner.timing import attention_flops
+from hotloop.planner.job import OPTIMIZER_BYTES, Job
+from hotloop.planner.timing import OPTIMIZER_TENSOR_MS, attention_flops
 from hotloop_core import Placement, discover, facts_of
 from hotloop_core.errors import BudgetError, ConfigError, NoFamilyError, PlanError
 from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL
@@ -60,6 +60,16 @@ def test_a_step_takes_what_the_measured_floor_takes():
     step = plan(LLAMA_8B, tokens=16384, longest=2048, lora=16, card="H100").step_ms
     floor = step["GEMMs"] + step["attention"] + step["head and loss"]
     assert 16384 / floor * 1e3 == pytest.approx(20_100, rel=0.05)
+
+
+def test_an_optimizer_that_waits_for_the_card_after_each_tensor_takes_longest():
+    assert OPTIMIZER_TENSOR_MS.keys() == OPTIMIZER_BYTES.keys()
+    ms = {name: h100(optimizer=name).step_ms["optimizer"] for name in OPTIMIZER_BYTES}
+    assert ms["paged_adamw_8bit"] == pytest.approx(50, abs=1)  # measured, 448 tensors
+    assert ms["adamw_torch"] == ms["adamw_torch_fused"] == pytest.approx(20, abs=1)
+    assert ms["adamw_8bit"] < 3
+    full = h100(bits=16, lora=None, full_finetuning=True, vram="200GiB").step_ms["optimizer"]
+    assert full > 15  # fewer tensors, large ones: the card's memory bounds it
 
 
 def test_less_memory_is_never_faster_and_every_plan_keeps_its_budget():

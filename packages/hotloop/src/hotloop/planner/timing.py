@@ -30,8 +30,16 @@ MOVE_MS = 0.05
 TILE_MS = 0.3
 """What a further tile of one layer's pass costs the host."""
 
-OPTIMIZER_TENSOR_MS = 0.045
-"""Per trained tensor: an optimizer over an adapter's small tensors is bound by the host (20 ms for 448)."""
+OPTIMIZER_TENSOR_MS: Mapping[str, float] = {
+    "adamw_8bit": 0.005,
+    "paged_adamw_8bit": 0.11,
+    "adamw_torch": 0.045,
+    "adamw_torch_fused": 0.045,
+    "sgd": 0.045,
+}
+"""Per trained tensor: an optimizer over an adapter's small tensors is bound by the host. torch's take 20 ms for 448 of
+them. bitsandbytes' wait for the card after each, 50 ms, but for the one that a wired model steps in one launch
+(docs/decisions/0021): what is left is Python, about 2 ms."""
 
 LINK_SHARE = 0.9
 """Of the link's rate that a plan may count on: copies start and end with the work that they wait for."""
@@ -129,7 +137,7 @@ def layer_times(job: Job, card: Card, tile: int | None) -> LayerTimes:
         link=1 / link,
         outside={
             "head and loss": t * 2 * products * f.hidden_size * f.vocab_size / gemm,
-            "optimizer": max(2 * job.trained / copy, OPTIMIZER_TENSOR_MS * trained),
+            "optimizer": max(2 * job.trained / copy, OPTIMIZER_TENSOR_MS[job.optimizer] * trained),
         },
         head=job.embedding / link,
         embedding=job.stream * (1 / link + 1 / (GATHER_GBS * 1e6)),
