@@ -10,6 +10,7 @@ from hotloop.new_family import probe
 from hotloop_core import Plugin, Registry, discover
 from hotloop_testkit import description
 from hotloop_testkit.description import DescriptionConformance
+from hotloop_testkit.tiny import SMALL
 from transformers import (
     Gemma2Config,
     GemmaConfig,
@@ -22,19 +23,7 @@ from transformers import (
     StableLmConfig,
 )
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+SIZES = {**SMALL, "num_hidden_layers": 3}
 SAME_HEADS = {**SIZES, "num_key_value_heads": 4}
 CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
 GEMMA2 = {**SIZES, **CAPS, "head_dim": 32, "query_pre_attn_scalar": 5, "sliding_window": 9}

@@ -4,20 +4,8 @@ import pytest
 from hotloop_core.errors import UnsupportedError
 from hotloop_exaone import EXAONE4
 from hotloop_testkit.family import FamilyConformance
+from hotloop_testkit.tiny import SMALL
 from transformers import Exaone4Config
-
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
 
 
 class TestExaone4(FamilyConformance):
@@ -26,9 +14,8 @@ class TestExaone4(FamilyConformance):
     spec = EXAONE4
 
     def tiny_config(self):
-        sizes = {**SIZES, "num_hidden_layers": 2}
         kinds = {"sliding_window": None, "layer_types": ["full_attention"] * 2}
-        return Exaone4Config(**sizes, **kinds, tie_word_embeddings=True)
+        return Exaone4Config(**SMALL, **kinds, num_hidden_layers=2, tie_word_embeddings=True)
 
 
 class TestExaone4WithAWindow(FamilyConformance):
@@ -37,7 +24,7 @@ class TestExaone4WithAWindow(FamilyConformance):
     spec = EXAONE4
 
     def tiny_config(self):
-        return Exaone4Config(**SIZES, num_hidden_layers=4, sliding_window=9)
+        return Exaone4Config(**SMALL, num_hidden_layers=4, sliding_window=9)
 
     @pytest.mark.xfail(
         raises=UnsupportedError, reason="llama.cpp gives windows to a model of 64 layers alone"

@@ -6,21 +6,10 @@ from hotloop.wiring import wire
 from hotloop_core.errors import UnsupportedError
 from hotloop_gemma import GEMMA, GEMMA2, GEMMA3
 from hotloop_testkit.family import FamilyConformance
+from hotloop_testkit.tiny import SMALL
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+SIZES = {**SMALL, "num_hidden_layers": 3}
 # The scale is that of head_dim, as llama.cpp has it; another one is checked without export, below.
 WINDOWED = {**SIZES, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 9}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]

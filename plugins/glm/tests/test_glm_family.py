@@ -6,23 +6,10 @@ from hotloop_core import facts_of
 from hotloop_core.errors import UnsupportedError
 from hotloop_glm import GLM, GLM4
 from hotloop_testkit.family import FamilyConformance
-from hotloop_testkit.tiny import build, tokenizer
+from hotloop_testkit.tiny import SMALL, build, tokenizer
 from transformers import Glm4Config, GlmConfig
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 320,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+SIZES = {**SMALL, "num_hidden_layers": 2, "head_dim": 16}
 
 
 class TestGlm(FamilyConformance):

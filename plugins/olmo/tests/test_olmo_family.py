@@ -6,21 +6,8 @@ from hotloop.loading.gguf_config import gguf_config
 from hotloop_core.errors import UnsupportedError
 from hotloop_olmo import OLMO2, OLMO3
 from hotloop_testkit.family import FamilyConformance
-from hotloop_testkit.tiny import build, tokenizer
+from hotloop_testkit.tiny import SMALL, build, tokenizer
 from transformers import Olmo2Config, Olmo3Config
-
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
 
 SCALED_WINDOWS = {
     "full_attention": {"rope_type": "default", "rope_theta": 5e5},
@@ -34,7 +21,7 @@ class TestOlmo2(FamilyConformance):
     spec = OLMO2
 
     def tiny_config(self):
-        return Olmo2Config(**{**SIZES, "num_key_value_heads": 4}, num_hidden_layers=2)
+        return Olmo2Config(**{**SMALL, "num_key_value_heads": 4}, num_hidden_layers=2)
 
 
 class TestOlmo3(FamilyConformance):
@@ -53,7 +40,7 @@ class TestOlmo3(FamilyConformance):
             "full_attention": full,
             "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
         }
-        return Olmo3Config(**SIZES, num_hidden_layers=4, sliding_window=9, rope_parameters=rope)
+        return Olmo3Config(**SMALL, num_hidden_layers=4, sliding_window=9, rope_parameters=rope)
 
 
 def test_a_gguf_file_with_windows_is_read_as_olmo_3_and_one_without_as_olmo_2(tmp_path):
@@ -81,6 +68,6 @@ def test_a_gguf_file_with_windows_is_read_as_olmo_3_and_one_without_as_olmo_2(tm
     ],
 )
 def test_what_llama_cpp_would_compute_otherwise_is_not_written(config, changes, message, tmp_path):
-    model = build(config(**{**SIZES, "num_hidden_layers": 2}, **changes))
+    model = build(config(**SMALL, num_hidden_layers=2, **changes))
     with pytest.raises(UnsupportedError, match=message):
         export(model, tokenizer(320), tmp_path, format="gguf", quant="f32")

@@ -4,21 +4,10 @@ import pytest
 from hotloop_core.errors import UnsupportedError
 from hotloop_qwen import QWEN2, QWEN3
 from hotloop_testkit.family import FamilyConformance
+from hotloop_testkit.tiny import SMALL
 from transformers import Qwen2Config, Qwen3Config
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+SIZES = {**SMALL, "num_hidden_layers": 3}
 
 
 class TestQwen2(FamilyConformance):
