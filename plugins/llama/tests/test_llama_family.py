@@ -2,20 +2,10 @@ from __future__ import annotations
 
 from hotloop_llama import LLAMA
 from hotloop_testkit.family import FamilyConformance
+from hotloop_testkit.tiny import SMALL
 from transformers import LlamaConfig
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+SIZES = {**SMALL, "num_hidden_layers": 2}
 
 
 class TestLlama(FamilyConformance):

@@ -5,20 +5,8 @@ from hotloop_core import discover
 from hotloop_core.errors import UnsupportedError
 from hotloop_smollm import SMOLLM3
 from hotloop_testkit.family import FamilyConformance
+from hotloop_testkit.tiny import SMALL
 from transformers import SmolLM3Config
-
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.05,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
 
 
 class TestSmolLm3(FamilyConformance):
@@ -27,7 +15,7 @@ class TestSmolLm3(FamilyConformance):
     spec = SMOLLM3
 
     def tiny_config(self):
-        return SmolLM3Config(**SIZES, num_hidden_layers=4)
+        return SmolLM3Config(**SMALL, num_hidden_layers=4)
 
 
 class TestSmolLm3WithAWindow(FamilyConformance):
@@ -37,7 +25,7 @@ class TestSmolLm3WithAWindow(FamilyConformance):
 
     def tiny_config(self):
         window = {"use_sliding_window": True, "sliding_window": 9}
-        return SmolLM3Config(**SIZES, **window, num_hidden_layers=2, no_rope_layers=[0, 1])
+        return SmolLM3Config(**SMALL, **window, num_hidden_layers=2, no_rope_layers=[0, 1])
 
     @pytest.mark.xfail(
         raises=UnsupportedError, reason="llama.cpp leaves out every fourth rotation and no other"

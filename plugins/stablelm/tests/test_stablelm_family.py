@@ -5,21 +5,10 @@ from hotloop_core import facts_of
 from hotloop_core.errors import UnsupportedError
 from hotloop_stablelm import STABLELM
 from hotloop_testkit.family import FamilyConformance
+from hotloop_testkit.tiny import SMALL
 from transformers import StableLmConfig
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "vocab_size": 320,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.05,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+SIZES = {**SMALL, "num_hidden_layers": 2}
 
 
 class TestStableLm(FamilyConformance):
@@ -28,7 +17,7 @@ class TestStableLm(FamilyConformance):
     spec = STABLELM
 
     def tiny_config(self):
-        return StableLmConfig(**SIZES)
+        return StableLmConfig(**{**SIZES, "num_key_value_heads": 4})
 
 
 class TestStableLm2(FamilyConformance):
@@ -37,7 +26,7 @@ class TestStableLm2(FamilyConformance):
     spec = STABLELM
 
     def tiny_config(self):
-        return StableLmConfig(**{**SIZES, "num_key_value_heads": 2}, use_qkv_bias=True)
+        return StableLmConfig(**SIZES, use_qkv_bias=True)
 
 
 @pytest.mark.parametrize(
