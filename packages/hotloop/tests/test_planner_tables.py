@@ -10,6 +10,7 @@ import pytest
 from hotloop.cli import app
 from hotloop.cli.terminal import console
 from hotloop.planner import Request, explain_oom, outlook, plan, plan_after_oom, summary
+from hotloop.planner.space import SLACK_BYTES, SLACK_PERCENT
 from hotloop_core import ModelFacts, discover, facts_of
 from hotloop_core.errors import BudgetError, ConfigError, PlanError
 from hotloop_core.plan import amount
@@ -172,6 +173,24 @@ def test_predictions_are_near_what_was_measured(case):
     if "planned_gib" in row:  # the plan is the one that ran
         found = made.peak_bytes / GIB, made.host_bytes / GIB
         assert found == pytest.approx((row["planned_gib"], row["host_gib"]), abs=0.006)
+
+
+def capped():
+    """(row, GiB of its weights on the device) of the yardstick's rows that had a budget and kept it."""
+    for line in fit["HISTORY"].read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["framework"] == "hotloop" and row.get("vram") and not row.get("oom"):
+            made = fit["_as_it_ran"]({"placements": None, **row})
+            weights = made.memory["weights"] + made.memory.get("room for streamed weights", 0)
+            yield row, weights / GIB
+
+
+@pytest.mark.parametrize(
+    "row, weights", capped(), ids=lambda x: f"{x['run']}-{x['vram']}" if isinstance(x, dict) else ""
+)
+def test_the_allowance_holds_what_the_allocator_held_under_a_budget(row, weights):
+    allowance = SLACK_BYTES / GIB + SLACK_PERCENT / 100 * (row["peak_gib"] - weights)
+    assert row["reserved_gib"] - row["peak_gib"] <= allowance
 
 
 def test_the_yardstick_has_settings_to_predict():

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from .cards import Card
     from .job import Job
 
-SLACK_BYTES, SLACK_PERCENT = 128 * 2**20, 8
-"""What the allocator reserves and cuBLAS's workspace takes beside the tensors: a constant, and a share of all else but
-weights. An H100 kept 18.9 GiB for 17.8 of tensors and 56.9 for 53.0; a budget must hold what is reserved."""
+SLACK_BYTES, SLACK_PERCENT = 384 * 2**20, 6
+"""What the allocator reserves beside the tensors: a constant, and a share of all else but weights. A test asks that it
+hold what was reserved so in every row of benchmarks/history/yardstick.jsonl that had a budget and kept it. Most was
+0.41 GiB for 2.94 of tensors (h100-8) and, in segments that do not grow, 1.11 for 17.80 (h100-3). With such segments
+1.03 were not enough for 17.97 (h100-3, out of memory), and `load` has them grow under a `vram` only. If they always
+did, 4 percent would hold every row."""
 
 NOWHERE = 2**62
 """Bytes of a plan that the host cannot hold."""
