@@ -167,7 +167,7 @@ def launch(
         return
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
-    key = (kernel.fn, device, num_warps, *constants.values(), *map(_specialised_on, arguments))
+    key = (kernel.fn, device, num_warps, *constants.values(), *specialised_on(arguments))
     compiled = _compiled.get(key)
     if compiled is None:
         if list(constants) != kernel.arg_names[len(arguments) :]:
@@ -199,9 +199,23 @@ def _hooked() -> bool:
     )  # an empty chain of hooks by default
 
 
-def _specialised_on(argument: object) -> object:
-    if isinstance(argument, torch.Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):
-        return argument == 1, argument % 16 == 0, argument >= 2**31
-    return argument is None
+_integers: dict[int, tuple[bool, bool, bool]] = {}
+"""What Triton compiles anew for, of an integer; sizes and strides come again and again."""
+
+
+def specialised_on(arguments: tuple[object, ...]) -> list[object]:
+    """What a compiled kernel depends on of its arguments. Half of the cost of `launch`, hence the plain loop."""
+    parts: list[object] = []
+    for argument in arguments:
+        if isinstance(argument, int):
+            found = _integers.get(argument)
+            if found is None:
+                found = (argument == 1, argument % 16 == 0, argument >= 2**31)
+                _integers[argument] = found
+            parts.append(found)
+        elif isinstance(argument, torch.Tensor):
+            parts.append(argument.dtype)
+            parts.append(argument.data_ptr() % 16)
+        else:
+            parts.append(argument is None)
+    return parts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -216,6 +217,8 @@ def _names(
 
 _OURS = (SEQUENCES, CACHES)
 _CAPTURE = "transformers.utils.output_capturing"  # sees outputs that a wired layer leaves to the model's own path
+_PUT_ON = ("forward", "_hf_hook")
+"""What trainers and accelerate put on a module itself, in front of its class's forward."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -257,10 +260,10 @@ class Guard:
         """Whether `layer` is the one (replicas share a state), its modules are the same and as bare as they were."""
         if self._layer() is not layer or any(self._hooks) or self._identities() != self._tree:
             return False
-        return not any("forward" in own or "_hf_hook" in own for own in self._own)
+        return not any(any(map(dict.__contains__, self._own, repeat(name))) for name in _PUT_ON)
 
     def _identities(self) -> list[int]:
-        return [id(child) for children in self._children for child in children.values()]
+        return list(map(id, chain.from_iterable(map(dict.values, self._children))))
 
 
 def check_modules(layer: nn.Module) -> None:

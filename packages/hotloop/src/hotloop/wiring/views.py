@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from hotloop_core.errors import WireError
 from hotloop_engine.blocks import NormView
 from hotloop_engine.ops.lora_linear import LinearView, Lora
 from hotloop_engine.ops.nf4 import from_bitsandbytes
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 if TYPE_CHECKING:
@@ -55,8 +59,10 @@ class FourBitCache:
         known = self._known.get(id(weight))
         if known is not None:
             held, address, held_state, view = known
-            same = held is weight and held_state is state and address == weight.data_ptr()
-            if same and view.absmax.device == weight.device:
+            with torch._C.DisableTorchFunctionSubclass():  # Params4bit would answer both in Python
+                here, device = weight.data_ptr(), weight.device
+            same = held is weight and held_state is state and address == here
+            if same and view.absmax.device == device:
                 return view
         if getattr(state, "packing_format_for_cpu", False):
             raise Refusal(
@@ -77,9 +83,6 @@ def linear_view(module: nn.Module, cache: FourBitCache | None = None) -> LinearV
     Raises:
         Refusal: it is something that the grouped GEMMs do not compute.
     """
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     module = active_module(module)
     cache = FourBitCache() if cache is None else cache
     if not isinstance(module, BaseTunerLayer):
@@ -93,8 +96,6 @@ def linear_view(module: nn.Module, cache: FourBitCache | None = None) -> LinearV
 
 def active_module(module: nn.Module) -> nn.Module:
     """The module itself, or the one that runs where PEFT trains a copy (`modules_to_save`)."""
-    from peft.utils import ModulesToSaveWrapper
-
     return saved_module(module) if isinstance(module, ModulesToSaveWrapper) else module
 
 
@@ -104,8 +105,6 @@ def plain_module(module: nn.Module) -> nn.Module:
     Raises:
         Refusal: an adapter does.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     module = active_module(module)
     if isinstance(module, BaseTunerLayer):
         raise Refusal("adapter-kind", f"an adapter of kind {type(module).__name__}")
@@ -130,25 +129,27 @@ def _active_lora(layer: Any) -> Lora | None:
         return None
     if layer.merged:
         return None
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    there = layer.lora_A
+    names = [name for name in layer.active_adapters if name in there]
     if not names:
         return None
     if len(names) > 1:
         raise Refusal("adapters", f"adapters {', '.join(names)} are active together")
     name = names[0]
-    if type(layer.lora_A[name]) is not nn.Linear:  # AdaLoRA
+    a, b = there[name], layer.lora_B[name]
+    if type(a) is not nn.Linear:  # AdaLoRA
         raise Refusal("adapter-kind", f"an adapter of kind {type(layer).__name__}")
     if name in layer.lora_variant:
         raise Refusal(
             "adapter-kind", f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
         )
-    if layer.lora_B[name].bias is not None:
+    if b.bias is not None:
         raise Refusal("adapter-kind", f"adapter {name!r} has a bias in lora_B")
     drop = layer.lora_dropout[name]
     probability = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
     return Lora(
-        a_RK=layer.lora_A[name].weight,
-        b_NR=layer.lora_B[name].weight,
+        a_RK=a.weight,
+        b_NR=b.weight,
         scale=float(layer.scaling[name]),
         dropout=probability,
     )

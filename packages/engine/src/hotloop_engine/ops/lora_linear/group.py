@@ -29,6 +29,7 @@ from hotloop_engine.ops._select import implementation
 from hotloop_engine.ops.dropout import dropout
 
 from .gemm import add_gradient, gemm, matmul_to
+from .one_by_one import one_by_one
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
     from .views import LinearView
 
 CUDA_PITCH = 64  # columns are padded to this, so that every row starts on 128 bytes in 16-bit types
+
+MUCH_WIDER = 3
+"""N over K from which dt = dy B is further columns of dx's GEMM, not a pass of its own over dy (gate and up of an 8B at
+16,384 tokens: 5.43 ms, apart 5.57; benchmarks/tune_adapters.py). Then dt (sA) is added to dx by a thin GEMM.
+"""
 
 
 class LinearGroup:
@@ -65,7 +71,7 @@ class LinearGroup:
         self.drops = any(view.lora is not None and view.lora.dropout > 0 for view in self.views)
         self.sums = not self.drops and implementation("adapter_gradients", device).fits(self)
         """Whether the adapters' gradients come from sums over tokens that whoever makes x or dy may make."""
-        self._sum_dtype = torch.promote_types(dtype, torch.float32)
+        self.sum_dtype = torch.promote_types(dtype, torch.float32)
         self._held: list[Tensor] | None = None
         self.prepared: object = None  # what an implementation keeps of this group between launches
         self._cast = any(
@@ -89,10 +95,14 @@ class LinearGroup:
         return any(view.trains for view in self.views)
 
     def extends(self, tokens: int, *, backward: bool = False) -> bool:
-        """Whether E is built for this pass: the copy of W must be cheaper than touching the wide result again."""
+        """Whether E is built for this pass: the copy of W must be cheaper than touching the wide result again.
+
+        The copy moves 2 N K elements. It spares forward 2 T N, backward 2 T K, or, where dy is much wider, T N.
+        """
         if self.quantised or self._cast:
             return True
-        return bool(self.rank) and tokens > (self.n if backward else self.k)
+        spared = 2 * self.k if self._much_wider else self.n
+        return bool(self.rank) and tokens > (spared if backward else self.k)
 
     def extend(self, tokens: int, *, backward: bool = False) -> Tensor | None:
         """E [N + C, K + C], or None where the weights are used in place."""
@@ -129,10 +139,14 @@ class LinearGroup:
         finally:
             self._held = None
 
+    @property
+    def _much_wider(self) -> bool:
+        return bool(self.rank) and self.n >= MUCH_WIDER * self.k
+
     def width(self, tokens: int, *, backward: bool = False) -> int:
-        """K + C, the width of an input with its columns (backward: N + C); without them where E is not built."""
-        columns = self.columns if self.extends(tokens, backward=backward) else 0
-        return (self.n if backward else self.k) + columns
+        """K + C, the width of an input with its columns (backward: N + C); without them where they do not ride."""
+        rides = self.extends(tokens, backward=backward) and not (backward and self._much_wider)
+        return (self.n if backward else self.k) + (self.columns if rides else 0)
 
     def wide(self, tokens: int, *, backward: bool = False) -> Tensor:
         """An uninitialised [T, K + C] for the input (backward: [T, N + C] for its gradient)."""
@@ -206,6 +220,11 @@ class LinearGroup:
         dy: [T, N], or `wide(backward=True)` with dy in its first N columns (the rest is overwritten).
         """
         dy_TN = dy[:, : self.n]
+        if e is not None and need_dx and self._much_wider:
+            dt_TC, dx = self._both_gradients(dy_TN, e)
+            if self.drops:
+                self._add_dropped(dx, dt_TC, seeds)
+            return dt_TC, dx
         rides = e is not None and dy.shape[1] > self.n
         b_NC, a_CK = self._adapters(e)
         dt_TC = self._adapter_gradient(dy, b_NC)
@@ -262,7 +281,7 @@ class LinearGroup:
                         add_gradient(sink, view.lora.b_NR, pair[1])
             else:
                 assert x_TK is not None
-                self._one_by_one(dy_TN, dt_TC, x_TK, t_TR, sink, row_scale, column_scale, seeds)
+                one_by_one(self, dy_TN, dt_TC, x_TK, t_TR, sink, row_scale, column_scale, seeds)
         for view, rows in zip(self.views, self.rows, strict=True):
             if isinstance(view.weight, Tensor) and view.weight.requires_grad:
                 assert x_TK is not None
@@ -270,7 +289,7 @@ class LinearGroup:
                     sink, view.weight, matmul_to(dy_TN[:, rows].T, x_TK, view.weight.dtype)
                 )
             if view.bias is not None and view.bias.requires_grad:
-                add_gradient(sink, view.bias, dy_TN[:, rows].sum(0, dtype=self._sum_dtype))
+                add_gradient(sink, view.bias, dy_TN[:, rows].sum(0, dtype=self.sum_dtype))
 
     def _output(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return torch.empty(
@@ -319,6 +338,21 @@ class LinearGroup:
             t_TC[:, self.rank] = 1.0
         return t_TC
 
+    def _both_gradients(self, dy_TN: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """(dt_TC, dx_TK), side by side in one buffer, from one pass over dy."""
+        width = self.k + self.columns
+        both = torch.empty(dy_TN.shape[0], width, dtype=self.dtype, device=self.device)
+        torch.mm(dy_TN, e[: self.n], out=both)
+        dx_TK, dt_TC = both[:, : self.k], both[:, self.k :]
+        self._clear_bias_column(dt_TC)
+        dx_TK.addmm_(dt_TC, e[self.n :, : self.k])
+        return dt_TC, dx_TK
+
+    def _clear_bias_column(self, dt_TC: Tensor) -> None:
+        """dy b can pass fp16's range, and meets a row of zeros in E: infinity times 0 is NaN."""
+        if self.has_bias and self.dtype == torch.float16:
+            dt_TC[:, self.rank] = 0.0
+
     def _adapter_gradient(self, dy: Tensor, b_NC: Tensor) -> Tensor | None:
         """dt_TC = dy B, written behind dy where it has room."""
         if not self.rank:
@@ -327,43 +361,8 @@ class LinearGroup:
             return None
         dt_TC = dy[:, self.n :] if dy.shape[1] > self.n else dy.new_empty(dy.shape[0], self.columns)
         torch.mm(dy[:, : self.n], b_NC, out=dt_TC)
-        if self.has_bias and self.dtype == torch.float16:
-            # dy b can pass fp16's range, and meets a row of zeros in E: infinity times 0 is NaN.
-            dt_TC[:, self.rank] = 0.0
+        self._clear_bias_column(dt_TC)
         return dt_TC
-
-    def _one_by_one(
-        self,
-        dy_TN: Tensor,
-        dt_TC: Tensor,
-        x_TK: Tensor,
-        t_TR: Tensor,
-        sink: GradientSink,
-        row_scale: Tensor | None,
-        column_scale: Tensor | None,
-        seeds: Sequence[int],
-    ) -> None:
-        """The adapters' gradients by GEMMs: for ranks that registers do not hold, and for dropout's several inputs."""
-        scaled = dt_TC if row_scale is None else (dt_TC * row_scale[:, None]).to(self.dtype)
-        whole = None
-        if not self.drops:
-            whole = matmul_to(scaled[:, : self.rank].T, x_TK, self._sum_dtype)
-            if column_scale is not None:
-                whole *= column_scale
-        for i, view in enumerate(self.views):
-            lora = view.lora
-            if lora is None or not (lora.a_RK.requires_grad or lora.b_NR.requires_grad):
-                continue
-            rows, ranks = self.rows[i], self.ranks[i]
-            add_gradient(
-                sink, lora.b_NR, matmul_to(dy_TN[:, rows].T, t_TR[:, ranks], self._sum_dtype)
-            )
-            if whole is not None:
-                da = whole[ranks]
-            else:
-                x_in = dropout(x_TK, lora.dropout, seeds[i]) if lora.dropout > 0 else x_TK
-                da = matmul_to(dt_TC[:, ranks].T, x_in, self._sum_dtype)
-            add_gradient(sink, lora.a_RK, da * lora.scale)
 
     def _add_dropped(self, dx: Tensor, dt_TC: Tensor | None, seeds: Sequence[int]) -> None:
         """The part of dx that comes back through a mask: those rows of sA are zero in E."""
