@@ -72,14 +72,17 @@ def _before(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         optimizer.check_overrides()
         optimizer.to_gpu()
         optimizer.initialized = True
-    sets: dict[tuple[Any, ...], list[tuple[Tensor, Any, EightBitTensor]]] = {}
-    for parameter, options, tensor in _taken(optimizer, ours):
-        implementation = ours[id(parameter)]
-        key = (options, implementation, parameter.device, parameter.dtype)
-        sets.setdefault(key, []).append((parameter, optimizer.state[parameter], tensor))
-    for (options, implementation, device, _), members in sets.items():
+    sets: dict[tuple[Any, ...], list[tuple[Tensor, dict[str, Any]]]] = {}
+    for parameter, state, settings in _taken(optimizer, ours):
+        step = state["step"] + 1
+        key = (*settings, step, ours[id(parameter)], parameter.device, parameter.dtype)
+        sets.setdefault(key, []).append((parameter, state))
+    for (lr, betas, eps, decay, step, implementation, device, _), members in sets.items():
+        options = AdamWOptions(
+            lr=float(lr), beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=decay, step=step
+        )
         _update(device, implementation, options, members)
-    taken = [parameter for members in sets.values() for parameter, _, _ in members]
+    taken = [parameter for members in sets.values() for parameter, _ in members]
     _hidden[optimizer] = [(parameter, parameter.grad) for parameter in taken]
     for parameter in taken:
         parameter.grad = None
@@ -107,38 +110,33 @@ def _parameters(optimizer: Optimizer) -> dict[int, str | None]:
 
 def _taken(
     optimizer: Any, ours: dict[int, str | None]
-) -> Iterator[tuple[Tensor, AdamWOptions, EightBitTensor]]:
-    """What of an optimizer's parameters has a gradient, and state that bitsandbytes holds in 8 bits."""
+) -> Iterator[tuple[Tensor, dict[str, Any], tuple[Any, ...]]]:
+    """(parameter, state, settings) of what has a gradient, and state that bitsandbytes holds in 8 bits."""
+    manager, states = optimizer.mng, optimizer.state
     for g, group in enumerate(optimizer.param_groups):
+        of_group = None
         for i, parameter in enumerate(group["params"]):
             gradient = parameter.grad
             if gradient is None or id(parameter) not in ours:
                 continue
-            state = optimizer.state.get(parameter)
+            state = states.get(parameter)
             if not state or not _takes(parameter, gradient, state):
                 continue
-            settings = optimizer.get_config(
-                g, i, group
-            )  # with what bitsandbytes' manager overrides
-            if settings["max_unorm"] > 0.0 or settings["skip_zeros"]:
-                continue
-            options = AdamWOptions(
-                lr=float(settings["lr"]),
-                beta1=settings["betas"][0],
-                beta2=settings["betas"][1],
-                eps=settings["eps"],
-                weight_decay=settings["weight_decay"],
-                step=state["step"] + 1,
-            )
-            tensor = EightBitTensor(
-                parameter=parameter.detach(),
-                gradient=gradient,
-                m_codes=state["state1"],
-                v_codes=state["state2"],
-                m_absmax=state["absmax1"],
-                v_absmax=state["absmax2"],
-            )
-            yield parameter, options, tensor
+            if id(parameter) in manager.pid2config or (g, i) in manager.index2config:
+                settings = _settings(optimizer.get_config(g, i, group))
+            else:
+                if of_group is None:
+                    of_group = _settings(optimizer.get_config(g, i, group))
+                settings = of_group
+            if settings:
+                yield parameter, state, settings
+
+
+def _settings(found: dict[str, Any]) -> tuple[Any, ...]:
+    """(learning rate, betas, eps, weight decay); nothing where the step is another equation."""
+    if found["max_unorm"] > 0.0 or found["skip_zeros"]:
+        return ()
+    return found["lr"], tuple(found["betas"]), found["eps"], found["weight_decay"]
 
 
 def _takes(parameter: Tensor, gradient: Tensor, state: dict[str, Any]) -> bool:
@@ -160,14 +158,23 @@ def _update(
     device: torch.device,
     implementation: str | None,
     options: AdamWOptions,
-    members: list[tuple[Tensor, Any, EightBitTensor]],
+    members: list[tuple[Tensor, dict[str, Any]]],
 ) -> None:
     from hotloop_engine.ops._select import implementation as find
 
-    state = members[0][1]
-    tensors = [tensor for _, _, tensor in members]
-    find("adamw_8bit", device, implementation).update_(
-        tensors, state["qmap1"], state["qmap2"], options
-    )
-    for _, state, _ in members:
+    tensors: list[EightBitTensor] = []
+    for parameter, state in members:
+        assert parameter.grad is not None
+        tensors.append(
+            EightBitTensor(
+                parameter=parameter.detach(),
+                gradient=parameter.grad,
+                m_codes=state["state1"],
+                v_codes=state["state2"],
+                m_absmax=state["absmax1"],
+                v_absmax=state["absmax2"],
+            )
+        )
         state["step"] += 1
+    tables = members[0][1]["qmap1"], members[0][1]["qmap2"]
+    find("adamw_8bit", device, implementation).update_(tensors, *tables, options)
