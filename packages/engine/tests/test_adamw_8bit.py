@@ -168,7 +168,9 @@ def test_a_block_of_zeros_stays_one_and_a_small_negative_moment_keeps_its_sign(n
 def test_all_tensors_of_a_lora_take_one_launch():
     made = tensors(sizes=[(16, 4096)] * 200)
     op("triton").update_(copied(made), M_TABLE, V_TABLE, OPTIONS)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+    ) as profile:
         op("triton").update_(made, M_TABLE, V_TABLE, OPTIONS)
         torch.cuda.synchronize()
     kernels = [e for e in profile.events() if "Memcpy" not in e.name and "Memset" not in e.name]

@@ -254,7 +254,9 @@ def test_on_a_card_all_adapters_take_one_launch_and_train_as_with_bitsandbytes()
         for _ in range(3):
             stepper.zero_grad()
             trained(input_ids=ids, labels=ids).loss.backward()
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            with torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+            ) as seen:
                 stepper.step()
                 torch.cuda.synchronize()
         launches = sum(event.name == "_update" for event in seen.events())
