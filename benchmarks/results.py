@@ -24,6 +24,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "results.md"
 PICTURE = "smollm2-curve.svg"
 NAMES = {
     "hotloop": "Hotloop",
+    "hotloop-bnb": "Hotloop, bitsandbytes' step",
     "unsloth": "Unsloth",
     "liger": "Liger",
     "hf": "transformers + PEFT",
@@ -47,13 +48,19 @@ def read(path: Path = HISTORY) -> list[Row]:
     return [row for row in steps if not str(row.get("model")).endswith("layers")]
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown: a line for each card, model and setting, a column for each framework."""
+def table(rows: list[Row], *, compared: bool = False) -> str:
+    """Markdown: a line for each card, model and setting, a column for each framework.
+
+    compared: only lines in which Hotloop stands beside another.
+    """
     if not rows:
         return "No rows yet."
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for row in sorted(rows, key=_order):
-        cells.setdefault(_setting(row), {})[row["framework"]] = _cell(row)
+        if row["framework"] in NAMES:
+            cells.setdefault(_setting(row), {})[row["framework"]] = _cell(row)
+    if compared:
+        cells = {key: line for key, line in cells.items() if len(line) > 1 and "hotloop" in line}
     columns = [name for name in NAMES if any(name in line for line in cells.values())]
     return grid(("card", "setting"), {name: NAMES[name] for name in columns}, cells)
 
@@ -81,8 +88,6 @@ def _setting(row: Row) -> tuple[str, ...]:
     ]
     if row.get("vram"):
         parts.append(f"under {row['vram']:g} GiB")
-    if row.get("attention"):
-        parts.append(f"with {row['attention']}")
     return str(row.get("card", "")), ", ".join(parts)
 
 
@@ -95,7 +100,8 @@ def _order(row: Row) -> tuple[object, ...]:
 def _cell(row: Row) -> str:
     if row.get("oom"):
         return "out of memory"
-    return f"{row['tok_s']:,} / {row['peak_gib']:.1f} GiB"
+    attention = f" ({row['attention']})" if row.get("attention") else ""
+    return f"{row['tok_s']:,} / {row['peak_gib']:.1f} GiB{attention}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,5 +173,5 @@ def test_all_tensors_of_a_lora_take_one_launch():
     ) as profile:
         op("triton").update_(made, M_TABLE, V_TABLE, OPTIONS)
         torch.cuda.synchronize()
-    kernels = [e for e in profile.events() if "Memcpy" not in e.name and "Memset" not in e.name]
-    assert [e.name for e in kernels] == ["_update"]
+    on_card = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert [e.name for e in on_card if not e.name.startswith("Mem")] == ["_update"]

@@ -14,7 +14,11 @@ from hotloop_engine.attention.reference import Reference
 from hotloop_testkit.numerics import assert_no_worse_than, poisoned_buffers
 from torch import Tensor
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:Argument aux_data"),  # flash-attn-4's, when it compiles
+    pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
+]
 
 ON_CUDA = [b for b in BACKENDS if "cuda" in b.capability.devices and b.name != "reference"]
 CUDA = torch.device("cuda", 0)

@@ -222,6 +222,7 @@ def _replan(model: PreTrainedModel, placements: Placements | None) -> None:
         vram=now.budget,
         placements=placements,
         homes=now,
+        nf4_kv=any(layer.nf4_kv for layer in now.layers),
     )
     receipt.replan(new)
 
