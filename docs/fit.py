@@ -35,6 +35,8 @@ ONE_LAUNCH = "2026-11-29"
 (decision 21)."""
 
 COMMON: dict[str, Any] = {"card": "H100", "lora": 16, "host": HOST}
+FREE = {"H100": "78.5GiB", "H200": "139GiB"}
+"""What a process had of a card that was not capped."""
 
 PUBLISHED_GB = {
     "llama3.2-3b": 3.5,
@@ -201,17 +203,23 @@ def predicted() -> list[tuple[str, Row, Plan]]:
         how = {"keep": "all kept", None: "planned"}.get(row.get("placements", "keep"), "chosen")
         under = f" under {row['vram']:g} GiB" if row.get("vram") else ""
         bits = "QLoRA" if row["bits"] == 4 else "LoRA, 16-bit base"
-        name = f"{row['model']}, {bits}, {row['batch']} x {row['seq']:,}, {how}{under}"
+        name = (
+            f"{row['model']}, {bits}, {row['batch']} x {row['seq']:,}, {how}{under}, {_card(row)}"
+        )
         last[name] = row, made
     return [(name, row, made) for name, (row, made) in last.items()]
+
+
+def _card(row: Row) -> str:
+    return next(name for name in FREE if name in row["card"])
 
 
 def _as_it_ran(row: Row) -> Plan:
     """As `load` placed the weights, for one sequence; then the batch with adapters and weights there."""
     host = f"{row['host_limit_gib']}GiB" if "host_limit_gib" in row else HOSTS.get(row["run"], HOST)
-    common = {**COMMON, "host": host, "bits": row["bits"]}
+    common = {**COMMON, "card": _card(row), "host": host, "bits": row["bits"]}
     common |= {"placements": row.get("placements", "keep"), "longest": row["seq"]}
-    common |= {"vram": f"{row['vram']}GiB" if row.get("vram") else "78.5GiB"}
+    common |= {"vram": f"{row['vram']}GiB" if row.get("vram") else FREE[_card(row)]}
     common |= {"optimizer": "paged_adamw_8bit"} if row["date"] < ONE_LAUNCH else {}
     shape, homes = SHAPES[row["model"]], None
     now = space.SLACK_BYTES, space.SLACK_PERCENT

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 ATTENTION_GRAD_FACTOR = 2.5
 """Attention's backward does five matrix products where its forward does two."""
 
+CAPPED_SHARE = 0.6
+"""Of the card's attention rate under a soft cap, which the fastest libraries do not compute: our Triton kernel's (330
+and 258 TFLOP/s forward and backward where flash-attn-4 has 529 and 438, H200, 8 x 2,048 tokens)."""
+
+POST_NORM_PASSES = 4
+"""Further passes over the residual stream, forward, of a norm behind a block: in, out, and a sum of its own."""
+
 MOVE_MS = 0.05
 """What the host needs to send a tensor or a layer's weights off, or to call it back. An estimate."""
 
@@ -91,9 +98,11 @@ def layer_times(job: Job, card: Card, tile: int | None) -> LayerTimes:
     columns = {name: 2 * t * g.extended / gemm for name, g in job.groups.items()}
     inputs = sum(g.k for g in job.groups.values() if g.c)
     outputs = sum(g.n for g in job.groups.values() if g.c)
-    rate = card.attention_rate(job.longest)
+    share = 1.0 if f.attention_softcap is None else CAPPED_SHARE
+    rate = [share * r for r in card.attention_rate(job.longest)]
     attend = attention_flops(job) / 1e9
-    moved = t * b * (4 * f.hidden_size + 2 * (job.queries + job.keys) + 3 * f.intermediate_size)
+    stream = (4 + 2 * POST_NORM_PASSES * f.post_norms) * f.hidden_size
+    moved = t * b * (stream + 2 * (job.queries + job.keys) + 3 * f.intermediate_size)
     per_weight = (NF4_BYTES if job.bits == 4 else b) + b
     copied = f.layer_parameters * per_weight * job.copies_weights / copy
     tiles = 0 if tile is None else -(-t // tile) - 1
