@@ -33,6 +33,7 @@ SCRIPTS: dict[str, tuple[list[str], int]] = {
 
 TUNING: dict[str, tuple[list[str], int]] = {
     "tune_attention": (["tune_attention.py"], 120),
+    "tune_adapters": (["tune_adapters.py"], 60),
     "tune_linear_cross_entropy": (["op_linear_cross_entropy.py", "--tune"], 60),
 }
 """The same, run only if named. Rows go to NAME.jsonl: no page shows them."""

@@ -207,6 +207,7 @@ def test_the_page_has_the_newest_row_of_each_thing_and_no_smoke(
         "attention",
         "attention_gemma2",
         "tune_attention",
+        "tune_adapters",
         "tune_linear_cross_entropy",
     ],
 )

@@ -7,7 +7,7 @@ from hotloop_engine.ops.lora_linear import LinearView, Lora, lora_linear
 from hotloop_engine.ops.lora_linear.reference import lora_linear_reference
 from hotloop_testkit.numerics import assert_no_worse_than, poisoned_buffers
 
-SHAPES = {"one": [48], "group": [48, 16, 33]}
+SHAPES = {"one": [48], "group": [48, 16, 33], "much wider": [130, 70]}
 
 
 def make_views(sizes, k, *, rank, bias, dtype, trains=False, skip=()):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -214,8 +214,10 @@ def _hooked() -> bool:
     )  # an empty chain of hooks by default
 
 
-_integers: dict[int, tuple[bool, bool, bool]] = {}
-"""What Triton compiles anew for, of an integer; sizes and strides come again and again."""
+@lru_cache(maxsize=4096)
+def _of_integer(value: int) -> tuple[bool, bool, bool]:
+    """What Triton compiles anew for; sizes and strides come again and again."""
+    return value == 1, value % 16 == 0, value >= 2**31
 
 
 def specialised_on(arguments: tuple[object, ...]) -> list[object]:
@@ -223,11 +225,7 @@ def specialised_on(arguments: tuple[object, ...]) -> list[object]:
     parts: list[object] = []
     for argument in arguments:
         if isinstance(argument, int):
-            found = _integers.get(argument)
-            if found is None:
-                found = (argument == 1, argument % 16 == 0, argument >= 2**31)
-                _integers[argument] = found
-            parts.append(found)
+            parts.append(_of_integer(argument))
         elif isinstance(argument, torch.Tensor):
             parts.append(argument.dtype)
             parts.append(argument.data_ptr() % 16)

@@ -27,7 +27,7 @@ BLOCK = 4096  # 8 logits a thread, one 16-byte load in 16 bit
 NUM_WARPS = 16  # with at most 64 registers a thread: two rows at once on a multiprocessor
 SCALE_BLOCK = 2048
 
-LOWEST = tl.constexpr(-1.0e38)  # finite: inf - inf is NaN; and no overflow in _exp
+LOWEST = tl.constexpr(-1.0e38)  # finite: inf - inf is NaN; and no overflow in exp
 
 
 @triton.jit
