@@ -13,7 +13,7 @@ from hotloop_core.kernels import AdamWOptions
 from hotloop_engine.ops.adamw_8bit import reference
 from peft import LoraConfig, get_peft_model
 from torch.optim import optimizer as torch_optimizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 
 def wire(model):
@@ -24,7 +24,7 @@ def wire(model):
 IDS = torch.arange(3, 33).view(2, 15)
 
 
-def tiny():
+def tiny(r=8):
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
@@ -34,7 +34,7 @@ def tiny():
         num_key_value_heads=2,
         vocab_size=64,
     )
-    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=8, target_modules="all-linear"))
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=r, target_modules="all-linear"))
     return model.train()
 
 
@@ -237,6 +237,26 @@ def test_without_a_wired_model_torch_has_no_hook_of_ours():
     assert len(torch_optimizer._global_optimizer_pre_hooks) == max(hooks, 1)
     first.undo(), second.undo()
     assert len(torch_optimizer._global_optimizer_pre_hooks) in (0, hooks)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bnb_8bit"])
+def test_trainers_own_8_bit_optimizer_is_one_of_them(name, updates, tmp_path):
+    model = tiny(r=64)  # bitsandbytes' least for 8-bit state is 4,096 elements
+    wire(model)
+    rows = [{"input_ids": row, "labels": row} for row in IDS.repeat(3, 1)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        optim=name,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=not torch.cuda.is_available(),
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    assert [options.step for _, options in updates] == [2, 3]
 
 
 @pytest.mark.gpu
