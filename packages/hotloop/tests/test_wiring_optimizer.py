@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from unittest import mock
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from hotloop import wiring
+from hotloop.wiring import receipt_of
 from hotloop_core.kernels import AdamWOptions
 from hotloop_engine.ops.adamw_8bit import reference
 from peft import LoraConfig, get_peft_model
@@ -126,6 +128,18 @@ def test_it_goes_on_from_bitsandbytes_state_and_bitsandbytes_from_ours(updates):
     receipt.undo()
     train(model, optimizer, 1)
     assert len(updates) == count, "undone"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_of_a_wired_model_is_one_too(copied, updates):
+    model = tiny()
+    wire(model)
+    other = copied(model)
+    train(other, eight_bit(other), 2)
+    assert len(updates) == 1
+    receipt_of(other).undo()
+    train(other, eight_bit(other), 2)
+    assert len(updates) == 1
 
 
 def test_a_scheduler_clipping_and_groups_with_settings_of_their_own(updates):

@@ -136,6 +136,8 @@ class Receipt:
             state["attention"][0]
         )  # another process may be the one that reads this pickle
         self.__dict__.update(state)
+        if not self.undone:
+            optimizer.attend(self.model)
 
     def __str__(self) -> str:
         roles: dict[str, int] = {}
