@@ -7,7 +7,7 @@ from hotloop.exporting import export
 from hotloop.loading import load
 from hotloop.loading.gguf_config import gguf_config
 from hotloop_core.errors import CheckpointError, NoFamilyError, UnsupportedError
-from hotloop_testkit.tiny import tokenizer
+from hotloop_testkit.tiny import SMALL, tokenizer
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -17,19 +17,7 @@ from transformers import (
     Qwen3Config,
 )
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+SIZES = {**SMALL, "num_hidden_layers": 3}
 WIDE = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 9}
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 LOCAL_ROPE = {
