@@ -29,43 +29,31 @@ def wide(x):
 
 
 @triton.jit
-def exp2(x):
-    """Returns 2^x, in fp32 by the card's instruction as it is: off by two units in the last place at most.
-
-    Results below 1e-38 are 0; `tl.exp` makes those right, which costs four instructions more.
-    """
-    if _NO_ASSEMBLY or x.dtype != tl.float32:
-        return tl.exp2(x)
-    else:
-        return _unit("ex2.approx.ftz.f32 $0, $1;", x)
-
-
-@triton.jit
 def reciprocal(x):
     """Returns 1 / x, in fp32 by the card's instruction: off by one unit in the last place, 0 for x above 1e38."""
     if _NO_ASSEMBLY or x.dtype != tl.float32:
         return 1 / x
     else:
-        return _unit("rcp.approx.ftz.f32 $0, $1;", x)
-
-
-@triton.jit
-def _unit(INSTRUCTION: tl.constexpr, x):
-    return tl.inline_asm_elementwise(
-        INSTRUCTION, constraints="=f,f", args=[x], dtype=tl.float32, is_pure=True, pack=1
-    )
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;",
+            constraints="=f,f",
+            args=[x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
 def exp(x):
     """Returns e^x."""
-    return exp2(x * 1.4426950408889634)
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def sigmoid(x):
     """Returns 1 / (1 + e^-x)."""
-    return reciprocal(1 + exp2(x * -1.4426950408889634))
+    return reciprocal(1 + tl.exp2(x * -1.4426950408889634))
 
 
 @triton.jit

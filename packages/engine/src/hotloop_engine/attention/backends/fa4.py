@@ -31,6 +31,7 @@ class FlashAttention4(Backend):
     """
 
     name = "fa4"
+    writes_out = True
     capability = Capability(
         devices=frozenset({"cuda"}),
         dtypes=HALF,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from hotloop_core.errors import GradientError
 
+from hotloop_engine.gemm import gemm, matmul_to
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -78,9 +80,10 @@ class HeadGradients:
         """Adds one chunk, its operands in the compute dtype."""
         if self.hidden_TD is not None:
             if isinstance(rows, slice) and self.hidden_TD.dtype == weight_VD.dtype:
-                torch.mm(dlogits_CV, weight_VD, out=self.hidden_TD[rows])
+                gemm(dlogits_CV, weight_VD, self.hidden_TD[rows])
             else:
-                self.hidden_TD[rows] = torch.mm(dlogits_CV, weight_VD).to(self.hidden_TD.dtype)
+                made_CD = matmul_to(dlogits_CV, weight_VD, weight_VD.dtype)
+                self.hidden_TD[rows] = made_CD.to(self.hidden_TD.dtype)
         if self.weight_VD is not None:
             _add_product(self.weight_VD, dlogits_CV.t(), hidden_CD)
         if self.bias_V is not None:
@@ -122,7 +125,7 @@ def chunks(
         hidden_CD = hidden_TD[rows].to(work.dtype)
         logits_CV = tile[: stop - start, :vocabulary]
         if bias_V is None:
-            torch.mm(hidden_CD, weight_VD.t(), out=logits_CV)
+            gemm(hidden_CD, weight_VD.t(), logits_CV)
         else:
             torch.addmm(bias_V, hidden_CD, weight_VD.t(), out=logits_CV)
         yield rows, hidden_CD, logits_CV

@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from hotloop_engine.ops._select import CUDA, EVERYWHERE, register
 
-from .gemm import GradientSink, add_gradient, matmul_to
 from .group import LinearGroup
+from .sink import GradientSink, add_gradient
 from .views import LinearView, Lora
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ __all__ = [
     "Lora",
     "add_gradient",
     "lora_linear",
-    "matmul_to",
 ]
 
 for _op in ("lora_linear", "adapter_gradients"):  # what groups are made of; not chosen one by one

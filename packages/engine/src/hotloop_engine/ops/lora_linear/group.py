@@ -25,16 +25,17 @@ import torch
 from hotloop_core.kernels import FourBitWeight
 from torch import Tensor
 
+from hotloop_engine.gemm import gemm, matmul_to
 from hotloop_engine.ops._select import implementation
 from hotloop_engine.ops.dropout import dropout
 
-from .gemm import add_gradient, gemm, matmul_to
 from .one_by_one import one_by_one
+from .sink import add_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from .gemm import GradientSink
+    from .sink import GradientSink
     from .views import LinearView
 
 CUDA_PITCH = 64  # columns are padded to this, so that every row starts on 128 bytes in 16-bit types
@@ -232,15 +233,14 @@ class LinearGroup:
             return dt_TC, None
         dx = torch.empty(dy.shape[0], self.k, dtype=self.dtype, device=self.device)
         if e is not None:
-            torch.mm(dy, e[:, : self.k], out=dx) if rides else torch.mm(
-                dy_TN, e[: self.n, : self.k], out=dx
-            )
+            length = dy.shape[1] if rides else self.n
+            gemm(dy[:, :length], e[:length, : self.k], dx)
         else:
             for i, (view, rows) in enumerate(zip(self.views, self.rows, strict=True)):
                 assert isinstance(view.weight, Tensor)
                 gemm(dy_TN[:, rows], view.weight, dx, dx if i else None, 1.0)
         if dt_TC is not None and not rides:
-            dx.addmm_(dt_TC, a_CK)
+            gemm(dt_TC, a_CK, dx, dx)
         if self.drops:
             self._add_dropped(dx, dt_TC, seeds)
         return dt_TC, dx
@@ -342,10 +342,10 @@ class LinearGroup:
         """(dt_TC, dx_TK), side by side in one buffer, from one pass over dy."""
         width = self.k + self.columns
         both = torch.empty(dy_TN.shape[0], width, dtype=self.dtype, device=self.device)
-        torch.mm(dy_TN, e[: self.n], out=both)
+        gemm(dy_TN, e[: self.n], both)
         dx_TK, dt_TC = both[:, : self.k], both[:, self.k :]
         self._clear_bias_column(dt_TC)
-        dx_TK.addmm_(dt_TC, e[self.n :, : self.k])
+        gemm(dt_TC, e[self.n :, : self.k], dx_TK, dx_TK)
         return dt_TC, dx_TK
 
     def _clear_bias_column(self, dt_TC: Tensor) -> None:

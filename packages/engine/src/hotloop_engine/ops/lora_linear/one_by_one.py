@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hotloop_engine.gemm import matmul_to
 from hotloop_engine.ops.dropout import dropout
 
-from .gemm import add_gradient, matmul_to
+from .sink import add_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from .gemm import GradientSink
     from .group import LinearGroup
+    from .sink import GradientSink
 
 
 def one_by_one(
