@@ -6,13 +6,14 @@ where smaller tiles are up to 7% faster (decision 0022).
 
 from __future__ import annotations
 
+from functools import partial
 from math import log2
 from typing import TYPE_CHECKING
 
 import torch
 
 from .cublaslt import REAL, WORKSPACE_BYTES, Algorithm, Library, Operation, Problem, functions
-from .trial import StreamClock, Trial
+from .trial import StreamClock, fastest
 
 if TYPE_CHECKING:
     import ctypes
@@ -22,11 +23,14 @@ if TYPE_CHECKING:
 WORTH_A_TRIAL = 2 * 10**10
 """Floating-point operations from which the choice matters: some 30 microseconds on an H100."""
 
-SIZES_ALIKE = 4
+SIZES_ALIKE = 2
 """Products alike but for their rows share a trial: so many trials for each doubling of the rows."""
 
 PROBE_ROWS = 64
 """On so many rows algorithms show whether they give the same bits."""
+
+Addresses = tuple[int, int, int, int]
+"""Of a, b, the residual (out again where there is none) and out."""
 
 LEAST_ALIGNMENT, MOST_ALIGNMENT = 16, 256
 """Bytes. Addresses that are multiples of less are left to torch; more makes no difference to an algorithm."""
@@ -35,41 +39,16 @@ MOST_KNOWN = 4096
 """Problems remembered; ragged batches bring new ones without end."""
 
 
-class Candidates:
-    """Algorithms that give the same bits, and the trial between them."""
-
-    def __init__(self, algorithms: list[Algorithm]) -> None:
-        self.algorithms = algorithms
-        self.trial = Trial(len(algorithms), StreamClock())
-
-
 class Known:
-    """A problem on its card, and which of the candidates serve it."""
+    """A problem on its card, and the algorithm for it."""
 
-    def __init__(self, device: Device, operation: Operation, candidates: Candidates) -> None:
-        self.device, self.operation, self.candidates = device, operation, candidates
-        self.able = [operation.takes(algorithm) for algorithm in candidates.algorithms]
+    def __init__(self, device: Device, operation: Operation, algorithm: Algorithm) -> None:
+        self.device, self.operation, self.algorithm = device, operation, algorithm
 
-    def launch(self, addresses: tuple[int, int, int, int], alpha: float, stream: int) -> bool:
-        """By the algorithm whose turn it is, or the fastest; False where none runs."""
-        candidates, trial, timed = self.candidates, self.candidates.trial, False
+    def launch(self, addresses: Addresses, alpha: float, stream: int) -> bool:
+        """Queues the product; False where it does not run."""
         workspace = self.device.workspace(stream)
-        way = trial.settled
-        if way is None or not self.able[way]:
-            timing = not torch.cuda.is_current_stream_capturing()
-            way, timed = trial.turn(self.able, timing=timing)
-        while way is not None:
-            start = trial.clock.mark() if timed else None
-            if self.operation.launch(
-                candidates.algorithms[way], *addresses, alpha, workspace, stream
-            ):
-                if timed:
-                    trial.timed(way, self.operation.problem.m, start, trial.clock.mark())
-                return True
-            self.able[way] = False
-            trial.drop(way)
-            way, timed = trial.turn(self.able, timing=False)
-        return False
+        return self.operation.launch(self.algorithm, *addresses, alpha, workspace, stream)
 
 
 class Device:
@@ -77,7 +56,7 @@ class Device:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = Library(library)
-        self.candidates: dict[Problem, Candidates] = {}
+        self._fastest: dict[Problem, Algorithm] = {}
         self._workspaces: dict[int, Tensor] = {}
 
     def workspace(self, stream: int) -> int:
@@ -88,24 +67,33 @@ class Device:
             self._workspaces[stream] = found
         return found.data_ptr()
 
-    def find(self, problem: Problem, b: Tensor, stream: int) -> Known | None:
-        """The problem with its candidates; None where cuBLASLt has no algorithm. b: the second operand."""
+    def find(self, problem: Problem, addresses: Addresses, stream: int) -> Known | None:
+        """The problem with its algorithm, which may first be tried out on these operands; None where there is none.
+
+        What lies at the last address is overwritten, unless it is an operand.
+        """
         operation = Operation(self.library, problem)
-        if problem.flops < WORTH_A_TRIAL:
-            algorithms = operation.algorithms()[:1]
-            return Known(self, operation, Candidates(algorithms)) if algorithms else None
         alike = problem._replace(m=round(SIZES_ALIKE * log2(problem.m)))
-        candidates = self.candidates.get(alike)
-        if candidates is None or not any(map(operation.takes, candidates.algorithms)):
-            algorithms = operation.algorithms()
-            if not algorithms:
-                return None
-            candidates = Candidates(self._agreeing(problem, b, algorithms, stream))
-            self.candidates.setdefault(alike, candidates)
-        return Known(self, operation, candidates)
+        fastest_alike = self._fastest.get(alike)
+        if fastest_alike is not None and operation.takes(fastest_alike):
+            return Known(self, operation, fastest_alike)
+        algorithms = operation.algorithms()
+        if not algorithms:
+            return None
+        _, _, residual, out = addresses
+        if problem.flops < WORTH_A_TRIAL or (problem.ld_residual and residual == out):
+            return Known(self, operation, algorithms[0])
+        agreeing = self._agreeing(problem, addresses, algorithms, stream)
+        ways = [Known(self, operation, algorithm) for algorithm in agreeing]
+        calls = [partial(way.launch, addresses, 1.0, stream) for way in ways]
+        if not all(call() for call in calls):
+            return ways[0]
+        chosen = ways[fastest(calls, StreamClock())]
+        self._fastest[alike] = chosen.algorithm
+        return chosen
 
     def _agreeing(
-        self, problem: Problem, b: Tensor, algorithms: list[Algorithm], stream: int
+        self, problem: Problem, at: Addresses, algorithms: list[Algorithm], stream: int
     ) -> list[Algorithm]:
         """Those that give the bits of the first, on a few rows: what is chosen by time must not decide about values."""
         rows, k, n = min(PROBE_ROWS, problem.m), *(-(-size // 8) * 8 for size in problem[1:3][::-1])
@@ -120,7 +108,7 @@ class Device:
         differs, tried = [], []
         for algorithm in algorithms:
             out = other if tried else first
-            addresses = a.data_ptr(), b.data_ptr(), out.data_ptr(), out.data_ptr()
+            addresses = a.data_ptr(), at[1], out.data_ptr(), out.data_ptr()
             if few.takes(algorithm) and few.launch(
                 algorithm, *addresses, 1.0, self.workspace(stream), stream
             ):
@@ -170,7 +158,7 @@ def product(a: Tensor, b: Tensor, out: Tensor, residual: Tensor | None, alpha: f
             _known.clear()
         problem = problem_of(a, b, out, residual, together & -together)
         device = _device(index)
-        known = device.find(problem, b, stream) if problem and device else None
+        known = device.find(problem, addresses, stream) if problem and device else None
         _known[key] = known
         if known is None:
             return False

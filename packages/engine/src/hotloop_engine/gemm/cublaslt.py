@@ -18,7 +18,9 @@ REAL = {torch.float16: 2, torch.bfloat16: 14}
 """cudaDataType of what is multiplied, and of the result."""
 
 DESC_TRANSPOSE_A, DESC_TRANSPOSE_B = 3, 4
-PREFER_MAX_WORKSPACE, PREFER_MIN_ALIGNMENT = 1, (5, 6, 7, 8)  # the latter of A, B, C, D
+PREFER_MAX_WORKSPACE, PREFER_REDUCTIONS, PREFER_MIN_ALIGNMENT = 1, 3, (5, 6, 7, 8)
+REDUCE_IN_COMPUTE_TYPE = 2
+"""Parts of a split sum are added up in fp32: in the output's type each would be rounded."""
 CONFIG_SPLIT_K = 2
 
 WORKSPACE_BYTES = 2**20
@@ -178,6 +180,7 @@ class Operation:
         try:
             limits: list[tuple[int, ctypes.c_uint64 | ctypes.c_uint32]] = [
                 (PREFER_MAX_WORKSPACE, ctypes.c_uint64(WORKSPACE_BYTES)),
+                (PREFER_REDUCTIONS, ctypes.c_uint32(REDUCE_IN_COMPUTE_TYPE)),
                 *((kind, ctypes.c_uint32(self.problem.alignment)) for kind in PREFER_MIN_ALIGNMENT),
             ]
             for kind, value in limits:

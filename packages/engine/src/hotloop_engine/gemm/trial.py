@@ -1,37 +1,37 @@
-"""Which of several ways is fastest, found out from calls that have to be made anyway.
-
-Every way takes its turn in the real step, between two events; nothing is computed twice and nobody waits. So the times
-are those of the step: the card is as warm and as short of power as it will be, and its caches hold what they will hold.
-"""
+"""Which of several ways to do the same work is fastest on a card that is as warm as in the middle of a step."""
 
 from __future__ import annotations
 
-from collections import deque
 from statistics import median
-from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-COUNTED = 3
-"""Times that decide about a way, after a first one that does not count: it may load the kernel."""
+WARM_MS = 100.0
+"""Work before anything counts: a card that comes from idling runs at a clock that it cannot hold."""
 
-HOPELESS = 1.15
-"""A way whose first counted time is longer than the shortest by this factor has no second."""
+ROUNDS = 3
+"""In which every way takes its turn; the median counts."""
+
+HOPELESS = 1.06
+"""A way that took longer than the shortest by this factor takes no further part."""
+
+TURN_MS = 1.0
+"""The least that a turn lasts; short work is repeated in it."""
 
 
 class Clock(Protocol):
-    """Marks moments in a queue of work, and measures between them once they have passed."""
+    """Marks moments in a queue of work, and measures between them."""
 
     def mark(self) -> Any:
         """A moment, in the queue."""
         ...
 
-    def between(self, start: Any, stop: Any) -> float | None:
-        """Seconds, in any unit; None while `stop` has not passed."""
+    def between(self, start: Any, stop: Any) -> float:
+        """Milliseconds; waits for `stop`."""
         ...
 
 
@@ -44,71 +44,42 @@ class StreamClock:
         event.record()
         return event
 
-    def between(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float | None:
-        """Milliseconds."""
-        return start.elapsed_time(stop) if stop.query() else None
+    def between(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
+        """Milliseconds; waits for `stop`."""
+        stop.synchronize()
+        return start.elapsed_time(stop)
 
 
-class Trial:
-    """Ways 0 to count - 1; 0 is the one that is taken while nothing is known."""
+def fastest(ways: Sequence[Callable[[], object]], clock: Clock) -> int:
+    """The number of the way that takes the least time. All are called many times, in turns."""
+    if len(ways) == 1:
+        return 0
+    taking_part = list(range(len(ways)))
+    warm, repeats, times = 0.0, 1, [[] for _ in ways]
+    while warm < WARM_MS:
+        found = _round(ways, taking_part, 1, clock)
+        warm += sum(found.values())
+        repeats = max(1, round(TURN_MS / (min(found.values()) or TURN_MS)))
+    for _ in range(ROUNDS):
+        found = _round(ways, taking_part, repeats, clock)
+        best = min(found.values())
+        for way, time in found.items():
+            times[way].append(time)
+        taking_part = [way for way in taking_part if found[way] <= HOPELESS * best]
+    return min(taking_part, key=lambda way: median(times[way]))
 
-    def __init__(self, count: int, clock: Clock) -> None:
-        self.settled: int | None = 0 if count == 1 else None
-        self.clock = clock
-        self._lock = Lock()
-        self._begun = [0] * count
-        self._times: list[list[float]] = [[] for _ in range(count)]
-        self._in = list(range(count))
-        self._waiting: deque[tuple[int, float, Any, Any]] = deque()
 
-    def turn(self, able: Sequence[bool], *, timing: bool = True) -> tuple[int | None, bool]:
-        """The way to take for a call that only the `able` ones can make, None if none can; whether to time it.
-
-        timing: whether this call may be timed at all.
-        """
-        with self._lock:
-            if self.settled is None:
-                self._gather()
-            if self.settled is not None and able[self.settled]:
-                return self.settled, False
-            ways = [way for way in self._in if able[way]]
-            if self.settled is not None or not ways:
-                return next((way for way, can in enumerate(able) if can), None), False
-            way = min(ways, key=lambda w: self._begun[w])
-            if not timing or self._begun[way] > COUNTED:  # or the card is still at their turns
-                return min(ways, key=self._time), False
-            self._begun[way] += 1
-            return way, True
-
-    def timed(self, way: int, size: float, start: Any, stop: Any) -> None:
-        """A call of `size` that took this way, between two marks."""
-        with self._lock:
-            self._waiting.append((way, size, start, stop))
-
-    def drop(self, way: int) -> None:
-        """This way does not run."""
-        with self._lock:
-            self._in = [w for w in self._in if w != way]
-            if len(self._in) == 1:
-                self.settled = self._in[0]
-
-    def _gather(self) -> None:
-        while self._waiting:
-            way, size, start, stop = self._waiting[0]
-            time = self.clock.between(start, stop)
-            if time is None:
-                break
-            self._waiting.popleft()
-            self._times[way].append(time / size)
-        counted = [way for way in self._in if len(self._times[way]) > 1]
-        if not counted:
-            return
-        best = min(map(self._time, counted))
-        late = {way for way in counted if self._time(way) > HOPELESS * best}
-        self._in = [way for way in self._in if way not in late]
-        if all(len(self._times[way]) > COUNTED for way in self._in):
-            self.settled = min(self._in, key=self._time)
-            self._waiting.clear()
-
-    def _time(self, way: int) -> float:
-        return median(self._times[way][1:]) if len(self._times[way]) > 1 else float("inf")
+def _round(
+    ways: Sequence[Callable[[], object]], taking_part: list[int], repeats: int, clock: Clock
+) -> dict[int, float]:
+    """Way -> milliseconds of its turn."""
+    ways[taking_part[0]]()  # the first turn must not wait for the host
+    marks = [clock.mark()]
+    for way in taking_part:
+        for _ in range(repeats):
+            ways[way]()
+        marks.append(clock.mark())
+    return {
+        way: clock.between(start, stop)
+        for way, start, stop in zip(taking_part, marks, marks[1:], strict=False)
+    }

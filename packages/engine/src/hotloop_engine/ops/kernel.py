@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from hotloop_core.errors import UnsupportedError
+from hotloop_core.errors import ConfigError, UnsupportedError
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """True where kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1 at import)."""
@@ -138,6 +138,22 @@ DIRECT = True
 _compiled: dict[tuple[object, ...], Any] = {}
 
 
+class Lasting(NamedTuple):
+    """Arguments that are the same from launch to launch, with all that there is to look up about them.
+
+    device: the index of the card that their tensors are on, None where there are none. Their memory must stay where it
+    is as long as this is in use.
+    """
+
+    arguments: tuple[object, ...]
+    values: tuple[object, ...]
+    key: tuple[object, ...]
+    device: int | None
+
+
+NOTHING = Lasting((), (), (), None)
+
+
 def launch(
     kernel: Any,
     programs: int,
@@ -145,39 +161,52 @@ def launch(
     constants: dict[str, Any],
     *,
     num_warps: int,
+    before: Lasting = NOTHING,
     enable_fp_fusion: bool = True,
 ) -> None:
     """Launches a kernel on a grid of one dimension; the second time, without Triton's dispatch.
 
-    Triton works out on every launch what its arguments are specialised on, some 60 microseconds of
-    host time with thirty of them, hundreds of times a step. The same facts make the key here: a
-    tensor's dtype and whether its address is a multiple of 16; whether an integer is 1, a multiple
-    of 16, or past 31 bits.
+    Triton works out on every launch what its arguments are specialised on, and asks the driver about each address: some
+    100 microseconds of host time with thirty of them, hundreds of times a step. The same facts make the key here: a
+    tensor's dtype and whether its address is a multiple of 16; whether an integer is 1, a multiple of 16, or past 31
+    bits. It runs on the card that the tensors are on, whichever is current.
 
     Args:
         kernel: a `triton.jit` function.
         programs: the grid's size.
-        arguments: its arguments up to the constants, in order.
+        arguments: its arguments up to the constants, in order, behind those of `before`.
         constants: its `tl.constexpr` arguments, in the order of its signature.
         num_warps: warps a program.
+        before: its first arguments, where they were looked up already.
         enable_fp_fusion: whether multiplications and additions may be fused.
 
+    Raises:
+        ConfigError: the tensors are on several devices.
+
     """
+    options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
     if INTERPRETED or not DIRECT or _hooked():
-        kernel[(programs,)](
-            *arguments, **constants, num_warps=num_warps, enable_fp_fusion=enable_fp_fusion
-        )
+        kernel[(programs,)](*before.arguments, *arguments, **constants, **options)
         return
+    found = lasting(arguments)
+    index = before.device if found.device is None else found.device
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
-    key = (kernel.fn, device, num_warps, *constants.values(), *specialised_on(arguments))
+    if before.device not in (None, index):
+        raise ConfigError(_apart(kernel, (before.device, index)))
+    if index is not None and index != device:
+        if index < 0:
+            raise ConfigError(_apart(kernel, (index, device)))
+        with torch.cuda.device(index):
+            launch(kernel, programs, arguments, constants, before=before, **options)  # type: ignore[arg-type]
+        return
+    key = (kernel.fn, device, num_warps, *constants.values(), *before.key, *found.key)
     compiled = _compiled.get(key)
     if compiled is None:
-        if list(constants) != kernel.arg_names[len(arguments) :]:
+        names = kernel.arg_names[len(before.arguments) + len(arguments) :]
+        if list(constants) != names:
             raise AssertionError(f"{kernel.fn.__name__}: constants out of order: {list(constants)}")
-        _compiled[key] = kernel[(programs,)](
-            *arguments, **constants, num_warps=num_warps, enable_fp_fusion=enable_fp_fusion
-        )
+        _compiled[key] = kernel[(programs,)](*before.arguments, *arguments, **constants, **options)
         return
     compiled.run(
         programs,
@@ -189,7 +218,8 @@ def launch(
         None,
         None,
         None,
-        *arguments,
+        *before.values,
+        *found.values,
         *constants.values(),
     )
 
@@ -208,15 +238,38 @@ def _of_integer(value: int) -> tuple[bool, bool, bool]:
     return value == 1, value % 16 == 0, value >= 2**31
 
 
-def specialised_on(arguments: tuple[object, ...]) -> list[object]:
-    """What a compiled kernel depends on of its arguments. Half of the cost of `launch`, hence the plain loop."""
-    parts: list[object] = []
-    for argument in arguments:
+def lasting(arguments: tuple[object, ...]) -> Lasting:
+    """What a compiled kernel depends on of its arguments, and what its launcher takes for them: addresses, for tensors.
+
+    Raises:
+        ConfigError: the tensors are on several devices.
+    """
+    values: list[object] = []
+    key: list[object] = []
+    device: int | None = None
+    for argument in arguments:  # the larger part of the cost of a launch, hence the plain loop
         if isinstance(argument, int):
-            parts.append(_of_integer(argument))
+            key.append(_of_integer(argument))
+            values.append(argument)
         elif isinstance(argument, torch.Tensor):
-            parts.append(argument.dtype)
-            parts.append(argument.data_ptr() % 16)
+            address = argument.data_ptr()
+            key.append(argument.dtype)
+            key.append(address % 16)
+            values.append(address)
+            index = argument.get_device()
+            if index != device:
+                if device is not None:
+                    raise ConfigError(_apart(None, (device, index)))
+                device = index
         else:
-            parts.append(argument is None)
-    return parts
+            key.append(argument is None)
+            values.append(argument)
+    return Lasting(arguments, tuple(values), tuple(key), device)
+
+
+def _apart(kernel: Any, indices: tuple[int | None, int]) -> str:
+    name = "a kernel" if kernel is None else kernel.fn.__name__
+    places = " and ".join(
+        "the CPU" if i is None or i < 0 else f"cuda:{i}" for i in sorted(indices, key=str)
+    )
+    return f"{name} was given tensors on {places}; expected one CUDA device. Move them to one."

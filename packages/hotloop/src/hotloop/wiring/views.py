@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,18 +86,36 @@ def linear_view(module: nn.Module, cache: FourBitCache | None = None) -> LinearV
     """
     module = active_module(module)
     cache = FourBitCache() if cache is None else cache
-    if not isinstance(module, BaseTunerLayer):
-        return LinearView(weight=_weight(module, cache), bias=module.bias)  # type: ignore[arg-type]
-    if not isinstance(module, LoraLayer):
+    if not _is(type(module), BaseTunerLayer):
+        return LinearView(weight=_weight(module, cache), bias=_own(module, "bias"))
+    if not _is(type(module), LoraLayer):
         raise Refusal("adapter-kind", f"an adapter of kind {type(module).__name__}")
-    base = module.get_base_layer()
-    lora = _active_lora(module)
-    return LinearView(weight=_weight(base, cache), bias=base.bias, lora=lora)  # type: ignore[arg-type]
+    base = module
+    while _is(type(base), BaseTunerLayer):
+        base = _own(base, "base_layer")
+    return LinearView(
+        weight=_weight(base, cache), bias=_own(base, "bias"), lora=_active_lora(module)
+    )
+
+
+@cache
+def _is(kind: type, parent: type) -> bool:
+    """`issubclass`, remembered: PEFT's classes are abstract ones, which ask in Python."""
+    return issubclass(kind, parent)
+
+
+def _own(module: nn.Module, name: str) -> Any:
+    """A parameter or submodule; hundreds are looked up a step, and nn.Module's own way is ten times as long."""
+    inside = module.__dict__
+    for kind in ("_parameters", "_modules"):
+        if name in inside[kind]:
+            return inside[kind][name]
+    return getattr(module, name)
 
 
 def active_module(module: nn.Module) -> nn.Module:
     """The module itself, or the one that runs where PEFT trains a copy (`modules_to_save`)."""
-    return saved_module(module) if isinstance(module, ModulesToSaveWrapper) else module
+    return saved_module(module) if _is(type(module), ModulesToSaveWrapper) else module
 
 
 def plain_module(module: nn.Module) -> nn.Module:
@@ -106,7 +125,7 @@ def plain_module(module: nn.Module) -> nn.Module:
         Refusal: an adapter does.
     """
     module = active_module(module)
-    if isinstance(module, BaseTunerLayer):
+    if _is(type(module), BaseTunerLayer):
         raise Refusal("adapter-kind", f"an adapter of kind {type(module).__name__}")
     return module
 
@@ -129,44 +148,53 @@ def _active_lora(layer: Any) -> Lora | None:
         return None
     if layer.merged:
         return None
-    there = layer.lora_A
+    there = _own(layer, "lora_A")
     names = [name for name in layer.active_adapters if name in there]
     if not names:
         return None
     if len(names) > 1:
         raise Refusal("adapters", f"adapters {', '.join(names)} are active together")
     name = names[0]
-    a, b = there[name], layer.lora_B[name]
+    a, b = there[name], _own(layer, "lora_B")[name]
     if type(a) is not nn.Linear:  # AdaLoRA
         raise Refusal("adapter-kind", f"an adapter of kind {type(layer).__name__}")
     if name in layer.lora_variant:
         raise Refusal(
             "adapter-kind", f"adapter {name!r} is a {type(layer.lora_variant[name]).__name__}"
         )
-    if b.bias is not None:
+    if _own(b, "bias") is not None:
         raise Refusal("adapter-kind", f"adapter {name!r} has a bias in lora_B")
-    drop = layer.lora_dropout[name]
+    drop = _own(layer, "lora_dropout")[name]
     probability = drop.p if isinstance(drop, nn.Dropout) and drop.training else 0.0
     return Lora(
-        a_RK=a.weight,
-        b_NR=b.weight,
+        a_RK=_own(a, "weight"),
+        b_NR=_own(b, "weight"),
         scale=float(layer.scaling[name]),
         dropout=probability,
     )
 
 
 def _weight(module: nn.Module, cache: FourBitCache) -> Tensor | FourBitWeight:
-    weight = module.weight
+    weight = _own(module, "weight")
     if getattr(weight, "quant_state", None) is not None:
-        return cache.view(weight)  # type: ignore[arg-type]
+        return cache.view(weight)
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        return weight  # type: ignore[return-value]
+        return weight
     raise Refusal("weight-kind", f"a {type(module).__module__}.{type(module).__name__}")
 
 
 def norm_eps(module: Any, otherwise: float) -> float:
     """Epsilon as the module has it, under the names that transformers and torch use; else the config's."""
+    inside = module.__dict__
+    for name in ("variance_epsilon", "eps"):
+        if name in inside:
+            return inside[name]
     return getattr(module, "variance_epsilon", getattr(module, "eps", otherwise))
+
+
+def _optional(module: nn.Module, name: str) -> Tensor | None:
+    parameters = module.__dict__["_parameters"]
+    return parameters[name] if name in parameters else getattr(module, name, None)
 
 
 def norm_view(module: nn.Module, norms: Norms, eps: float) -> NormView:
@@ -177,8 +205,8 @@ def norm_view(module: nn.Module, norms: Norms, eps: float) -> NormView:
     """
     module = plain_module(module)
     return NormView(
-        weight=getattr(module, "weight", None),
-        bias=getattr(module, "bias", None),
+        weight=_optional(module, "weight"),
+        bias=_optional(module, "bias"),
         eps=norm_eps(module, eps),
         offset=norms.offset,
         kind=norms.kind,

@@ -14,7 +14,7 @@ import triton.language as tl
 from hotloop_core.kernels import FourBitWeight
 from torch import Tensor
 
-from hotloop_engine.ops.kernel import launch
+from hotloop_engine.ops.kernel import Lasting, lasting, launch
 from hotloop_engine.ops.nf4.kernel import WORDS, dequantize_tile
 
 from . import reference
@@ -89,9 +89,9 @@ def _edges(
 
 @triton.jit
 def _fill(
-    out_b, out_a, b_pitch, a_pitch, n_total, k_total, columns, bias_column,
-    b0, b1, b2, a0, a1, a2, bias0, bias1, bias2, n1, n2, c1, c2, r0, r1, r2,
+    n_total, k_total, columns, bias_column, n1, n2, c1, c2, r0, r1, r2,
     scale0, scale1, scale2, b_programs, a_blocks,
+    out_b, out_a, b_pitch, a_pitch, b0, b1, b2, a0, a1, a2, bias0, bias1, bias2,
     ROWS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     _edges(
@@ -117,9 +117,9 @@ def _weight(
 def _extend(
     packed0, packed1, packed2, absmax0, absmax1, absmax2, outer0, outer1, outer2,
     offset0, offset1, offset2, code, nested_code, tiles0, tiles1, tiles2,
-    out_e, out_b, out_a, pitch, n_total, columns, bias_column,
-    b0, b1, b2, a0, a1, a2, bias0, bias1, bias2, n1, n2, c1, c2, r0, r1, r2,
+    n_total, k_total, columns, bias_column, n1, n2, c1, c2, r0, r1, r2,
     scale0, scale1, scale2, b_programs, a_blocks,
+    out_e, out_b, out_a, pitch, b0, b1, b2, a0, a1, a2, bias0, bias1, bias2,
     K: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, WORDS: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +171,7 @@ class _Prepared:
         starts = [r.start for r in group.ranks] + [group.columns] * missing
         any_tensor = next(t for t in (*group.tensors(), *_packed(group)) if t is not None)
         padded = triton.next_power_of_2(max(1, group.columns))
-        self.constants = {
+        self.constants: dict[str, object] = {
             "ROWS": ROWS, "PADDED": padded, "COLUMNS": min(COLUMNS, padded), "WIDTH": WIDTH,
         }  # fmt: skip
         b_programs, a_blocks = triton.cdiv(group.n, ROWS), triton.cdiv(group.k, WIDTH)
@@ -183,6 +183,12 @@ class _Prepared:
             *[any_tensor] * missing,
             *[view.bias for view in views],
             *[None] * missing,
+        )
+        sizes = (
+            group.n,
+            group.k,
+            group.columns,
+            group.rank,
             firsts[1],
             firsts[2],
             starts[1],
@@ -194,12 +200,13 @@ class _Prepared:
             b_programs,
             a_blocks,
         )
-        self.four_bit = _four_bit(group)
+        self.sizes = lasting(sizes)
+        self.four_bit = _four_bit(group, sizes, self.constants)
 
 
 class _FourBit(NamedTuple):
     tiles: int
-    arguments: tuple[object, ...]
+    lasting: Lasting
     constants: dict[str, object]
 
 
@@ -207,8 +214,10 @@ def _packed(group: LinearGroup) -> list[Tensor]:
     return [view.weight.packed for view in group.views if isinstance(view.weight, FourBitWeight)]
 
 
-def _four_bit(group: LinearGroup) -> _FourBit | None:
-    """What `_extend` needs of the weights.
+def _four_bit(
+    group: LinearGroup, adapter_sizes: tuple[object, ...], edges: dict[str, object]
+) -> _FourBit | None:
+    """What `_extend` needs of the weights, before the adapters' sizes; and its constants, before theirs.
 
     None where they are not 4-bit, not alike or not whole words, or where N * K passes the kernel's 32 bits.
     """
@@ -242,6 +251,7 @@ def _four_bit(group: LinearGroup) -> _FourBit | None:
         code,
         first.nested_code if nested else code,
         *tiles,
+        *adapter_sizes,
     )
     constants: dict[str, object] = {
         "K": group.k,
@@ -249,8 +259,9 @@ def _four_bit(group: LinearGroup) -> _FourBit | None:
         "NESTED": nested,
         "NESTED_BLOCKSIZE": first.nested_blocksize,
         "WORDS": WORDS,
+        **edges,
     }
-    return _FourBit(sum(tiles), arguments, constants)
+    return _FourBit(sum(tiles), lasting(arguments), constants)
 
 
 def _prepared(group: LinearGroup) -> _Prepared:
@@ -268,18 +279,9 @@ def fill_columns(group: LinearGroup, b_NC: Tensor, a_CK: Tensor) -> None:
     launch(
         _fill,
         prepared.programs,
-        (
-            b_NC,
-            a_CK,
-            b_NC.stride(0),
-            a_CK.stride(0),
-            group.n,
-            group.k,
-            group.columns,
-            group.rank,
-            *prepared.adapters,
-        ),
+        (b_NC, a_CK, b_NC.stride(0), a_CK.stride(0), *prepared.adapters),
         prepared.constants,
+        before=prepared.sizes,
         num_warps=4,
         enable_fp_fusion=False,  # s·A is rounded as the reference rounds it
     )
@@ -297,18 +299,9 @@ def extend(group: LinearGroup, e: Tensor) -> bool:
     launch(
         _extend,
         tiles + prepared.programs,
-        (
-            *weights,
-            e,
-            e[:, group.k :],
-            e[group.n :],
-            e.stride(0),
-            group.n,
-            group.columns,
-            group.rank,
-            *prepared.adapters,
-        ),
-        {**constants, **prepared.constants},
+        (e, e[:, group.k :], e[group.n :], e.stride(0), *prepared.adapters),
+        constants,
+        before=weights,
         num_warps=4,
         enable_fp_fusion=False,  # bitsandbytes rounds the nested product before it adds the offset
     )
