@@ -9,7 +9,9 @@ import pytest
 import torch
 from hotloop_core.errors import ConfigError, NoImplementationError
 from hotloop_engine.attention import Backend, Request, Sequences, choose, request, table
+from hotloop_engine.attention import sequences as sequences_module
 from hotloop_engine.attention.backends import BACKENDS
+from hotloop_engine.attention.shapes import OFTEN, PLANS, Shapes
 from hotloop_testkit.numerics import FLOOR, assert_no_worse_than, poisoned_buffers
 from torch import Tensor
 
@@ -305,6 +307,37 @@ def test_a_forced_backend_is_taken_or_refused_with_its_reason() -> None:
         choose(asked(), CPU, "flash")
     with pytest.raises(ConfigError, match="'flesh'; expected one of fa4, cudnn, flash"):
         choose(asked(), CPU, "flesh")
+
+
+def test_a_shape_of_batch_is_fresh_until_a_plan_for_it_pays() -> None:
+    shapes = Shapes()
+    assert not any(shapes.is_fresh((2, length)) for length in range(100, 100 + PLANS))
+    assert all(shapes.is_fresh((2, length)) for length in range(200, 300))
+    assert not shapes.is_fresh((2, 100))  # has its plan
+    assert [shapes.is_fresh((1, 77)) for _ in range(OFTEN + 1)] == [True] * (OFTEN - 1) + [
+        False
+    ] * 2
+    assert not shapes.is_fresh((1, 8192))  # gains a plan's time at once
+
+
+def test_one_batch_is_judged_once_and_packed_ones_are_never_fresh(monkeypatch) -> None:
+    shapes = Shapes()
+    monkeypatch.setattr(sequences_module, "SHAPES", shapes)
+    for length in range(PLANS):
+        assert not Sequences.dense(1, 1 + length, CPU).fresh
+    one = Sequences.dense(1, 500, CPU)
+    assert [one.fresh for _ in range(2 * OFTEN)] == [True] * 2 * OFTEN
+    assert not Sequences.from_cu_seqlens(torch.tensor([0, 3, 10]), tokens=10).fresh
+
+
+def test_a_backend_with_plans_is_passed_over_for_a_fresh_shape_unless_it_is_named() -> None:
+    capability = replace(BY_NAME["cudnn"].capability, devices=frozenset({"cpu"}))
+    half = asked(dtype=torch.bfloat16)
+    assert capability.refusal(half) is None
+    assert "not come often enough" in capability.refusal(replace(half, fresh=True))
+    assert BY_NAME["flash"].capability.refusal(replace(half, fresh=True)) is None
+    fresh = asked(fresh=True)
+    assert choose(fresh, CPU, "reference") is choose(asked(), CPU, "reference")
 
 
 def test_when_none_can_each_says_why() -> None:

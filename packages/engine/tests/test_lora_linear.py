@@ -8,6 +8,13 @@ from hotloop_engine.ops.lora_linear.reference import lora_linear_reference
 from hotloop_testkit.numerics import assert_no_worse_than, poisoned_buffers
 
 SHAPES = {"one": [48], "group": [48, 16, 33]}
+KERNEL_DEVICES = [
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="compiled for the card")
+    ),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+]
+"""Where a kernel itself is called: on the CPU Triton's interpreter runs it."""
 
 
 def make_views(sizes, k, *, rank, bias, dtype, trains=False, skip=()):
@@ -127,7 +134,7 @@ def test_a_gradient_of_stride_zero_is_accepted():
     assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize("sizes", [[100], [70, 33], [48, 16, 33]])
 @pytest.mark.parametrize("rank, bias, skip", [(3, False, ()), (16, True, (1,)), (0, True, ())])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -167,7 +174,7 @@ def test_the_kernel_fills_what_the_reference_fills(device, sizes, rank, bias, sk
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("device", KERNEL_DEVICES)
 @pytest.mark.parametrize(
     "sizes, rank, bias", [([64], 3, True), ([96, 32], 4, False), ([64, 32, 33], 16, True)]
 )

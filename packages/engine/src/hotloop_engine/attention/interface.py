@@ -32,6 +32,7 @@ class Request:
         j <= i.
     softcap: scores become softcap * tanh(scale * qk / softcap).
     deterministic: the backward must give the same bits, run after run.
+    fresh: the batch is of a shape for which it does not pay to prepare (see `Sequences.fresh`).
     """
 
     dtype: torch.dtype
@@ -42,6 +43,7 @@ class Request:
     window: int | None = None
     softcap: float | None = None
     deterministic: bool = False
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
@@ -76,6 +78,7 @@ def request(
         window=None if window is None or window >= sequences.longest else window,
         softcap=softcap,
         deterministic=deterministic,
+        fresh=sequences.fresh,
     )
 
 
@@ -88,6 +91,7 @@ class Capability:
     compute_capability: the range of CUDA compute capabilities, both ends included.
     head_sizes: (smallest, largest, multiple of).
     deterministic: its backward can give the same bits every time, if asked to.
+    plans: it prepares for each shape of batch, for longer than one batch gains.
     packages: importable modules that it needs beside torch.
     """
 
@@ -100,6 +104,7 @@ class Capability:
     window: bool = True
     softcap: bool = True
     deterministic: bool = True
+    plans: bool = False
     packages: tuple[str, ...] = ()
 
     def missing(self, device: torch.device) -> str | None:
@@ -135,6 +140,8 @@ class Capability:
             return f"no soft cap ({request.softcap} asked for)"
         if request.deterministic and not self.deterministic:
             return "its backward is not deterministic"
+        if request.fresh and self.plans:
+            return "it would prepare for this shape of batch, which has not come often enough"
         return None
 
 
@@ -254,7 +261,7 @@ class Backend(ABC):
             given.q_THK, given.k_TGK, given.sequences,
             window=given.window, softcap=given.softcap, deterministic=given.deterministic,
         )  # fmt: skip
-        require(self, asked, given.q_THK.device)
+        require(self, replace(asked, fresh=False), given.q_THK.device)
         return replace(given, window=asked.window)
 
     @abstractmethod

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
 import torch
 from hotloop_core.errors import DataError, UnsupportedError
 from torch import Tensor
+
+from .shapes import SHAPES
 
 _LARGEST = 2**31 - 1  # cu_seqlens is int32, as every attention library wants it
 
@@ -39,6 +42,15 @@ class Sequences:
     def dense_shape(self) -> tuple[int, int] | None:
         """(count, longest) where all sequences are equally long: [T, ...] is a dense batch."""
         return (self.count, self.longest) if self.count * self.longest == self.tokens else None
+
+    @cached_property
+    def fresh(self) -> bool:
+        """Whether the batch is of a shape that has not come often enough for a plan of its own (see `Shapes`).
+
+        Asked at the first layer and then known: all layers, and backward, take the same backend.
+        """
+        shape = self.dense_shape
+        return shape is not None and SHAPES.is_fresh(shape)
 
     @property
     def device(self) -> torch.device:

