@@ -6,8 +6,9 @@
 
 A setting is BATCHxSEQUENCE@GIB, or @least for the least that the planner finds. The process may take that much of the
 card and no more, as on a smaller one. The model is of a shape in shapes.json, NF4 with random weights, LoRA of rank 16
-on every projection, 8-bit AdamW, bf16 autocast. `step_s` is the median of the steps after the first, which compiles
-kernels and locks host memory; `first_s` is the first. While one process measures, the next imports and waits.
+on every projection, 8-bit AdamW, bf16 autocast. `first_s` is the first step, which compiles kernels and locks memory of
+the host; `step_s` the median of the steps after the second, which compiles the optimizer's kernel, or the last. While
+one process measures, the next imports and waits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -78,7 +80,7 @@ def child(folder: str, setting: str, steps: int) -> None:
     receipt = receipt_of(model)
     assert receipt is not None and receipt.plan is not None
     plan = receipt.plan
-    step = sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]
+    step = median(seconds[2:] or seconds[-1:])
     row |= {
         "tok_s": round(batch * length / step),
         "step_s": round(step, 4),

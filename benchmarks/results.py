@@ -101,7 +101,8 @@ def _cell(row: Row) -> str:
     if row.get("oom"):
         return "out of memory"
     attention = f" ({row['attention']})" if row.get("attention") else ""
-    return f"{row['tok_s']:,} / {row['peak_gib']:.1f} GiB{attention}"
+    speed = f"{row['tok_s']:,}" if "tok_s" in row else "not timed"
+    return f"{speed} / {row['peak_gib']:.1f} GiB{attention}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -179,7 +179,8 @@ def predictions() -> str:
         "| measured |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, row, made in predicted():
+    for name, row in settings().items():
+        made = as_it_ran(row)
         tensors = planned_tensors(made)
         step = _seconds(made)
         table.append(
@@ -190,32 +191,31 @@ def predictions() -> str:
     return "\n".join(table)
 
 
-def predicted() -> list[tuple[str, Row, Plan]]:
-    """(setting, row, plan) of the last row of each setting whose plan is known: nothing recomputed, or
-    what the row's own `placements` says (null: the planner's choice within the row's `vram`).
+def settings() -> dict[str, Row]:
+    """The last row of each setting whose plan is known: nothing recomputed, or what the row's own `placements` says
+    (null: the planner's choice within the row's `vram`).
     """
-    last: dict[str, tuple[Row, Plan]] = {}
+    last: dict[str, Row] = {}
     for row in rows():
         known = "placements" in row or (not row.get("ckpt", True) and not row.get("vram"))
         if row.get("model") not in SHAPES or not known or "step_s" not in row:
             continue
-        made = _as_it_ran(row)
         how = {"keep": "all kept", None: "planned"}.get(row.get("placements", "keep"), "chosen")
         under = f" under {row['vram']:g} GiB" if row.get("vram") else ""
         bits = "QLoRA" if row["bits"] == 4 else "LoRA, 16-bit base"
         name = (
             f"{row['model']}, {bits}, {row['batch']} x {row['seq']:,}, {how}{under}, {_card(row)}"
         )
-        last[name] = row, made
-    return [(name, row, made) for name, (row, made) in last.items()]
+        last[name] = row
+    return last
 
 
 def _card(row: Row) -> str:
     return next(name for name in FREE if name in row["card"])
 
 
-def _as_it_ran(row: Row) -> Plan:
-    """As `load` placed the weights, for one sequence; then the batch with adapters and weights there."""
+def as_it_ran(row: Row) -> Plan:
+    """The plan of a row: as `load` placed the weights, for one sequence; then the batch with adapters and weights there."""
     host = f"{row['host_limit_gib']}GiB" if "host_limit_gib" in row else HOSTS.get(row["run"], HOST)
     common = {**COMMON, "card": _card(row), "host": host, "bits": row["bits"]}
     common |= {"placements": row.get("placements", "keep"), "longest": row["seq"]}

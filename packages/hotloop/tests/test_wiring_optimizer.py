@@ -204,6 +204,17 @@ def test_both_models_of_one_optimizer_train_and_only_the_wired_ones_tensors_are_
     assert any(not torch.equal(before[n], p) for n, p in adapters(other).items())
 
 
+def test_parameters_that_take_the_place_of_others_are_seen(updates):
+    wired, other = tiny(), tiny()
+    wire(wired)
+    optimizer = eight_bit(other)
+    train(other, optimizer)
+    assert not updates
+    optimizer.param_groups[0]["params"] = [p for p in wired.parameters() if p.requires_grad]
+    train(wired, optimizer, 2)
+    assert [options.step for _, options in updates] == [2]
+
+
 def test_an_override_of_bitsandbytes_manager_is_heard(updates):
     model = tiny()
     wire(model)

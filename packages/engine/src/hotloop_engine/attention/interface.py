@@ -180,8 +180,6 @@ class Backend(ABC):
 
     name: str
     capability: Capability
-    writes_out = False
-    """Whether forward puts its output into `out` itself, rather than making it elsewhere and copying it."""
 
     def missing(self, device: torch.device) -> str | None:
         """Why nothing at all runs on this device, or None."""

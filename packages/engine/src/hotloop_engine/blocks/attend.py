@@ -40,22 +40,14 @@ class Attend:
     backend: str | None = None
     deterministic: bool = False
 
-    def writes_out(self, q_THK: Tensor, k_TGK: Tensor) -> bool:
-        """Whether `out` is free of cost."""
-        return self._chosen(q_THK, k_TGK).writes_out
-
-    def forward(
-        self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor, out: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """Returns (o_THK, in `out` if given, the log-sum-exp, fp32, of each group of heads)."""
+    def forward(self, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> tuple[Tensor, ...]:
+        """Returns (o_THK, the log-sum-exp, fp32, of each group of heads)."""
         groups = self._groups(q_THK.shape[0])
         if len(groups) == 1:
             return self._chosen(q_THK, k_TGK).forward(
-                q_THK, k_TGK, v_TGK, self.sequences, out=out, **self._options()
+                q_THK, k_TGK, v_TGK, self.sequences, **self._options()
             )
-        o_THK = out
-        if o_THK is None:
-            o_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype, device=q_THK.device)
+        o_THK = torch.empty(q_THK.shape, dtype=q_THK.dtype, device=q_THK.device)
         sums: list[Tensor] = []
         for some, keys in groups:
             q, k, v = q_THK[:, some], k_TGK[:, keys], v_TGK[:, keys]

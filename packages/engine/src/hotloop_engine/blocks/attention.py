@@ -170,11 +170,7 @@ class AttentionBlock:
 
     def _attend(self, saved: Saved) -> Tensor:
         q, k, v, _ = self._rotated(saved["qkv"])
-        out, width = None, self.o.width(q.shape[0])
-        saved["_beside"] = width > self.o.k and self.centre is None and self.attend.writes_out(q, k)
-        if saved["_beside"]:
-            out = self.o.wide(q.shape[0])[:, : self.o.k].unflatten(1, q.shape[1:])
-        saved["attention"] = self.attend.forward(q, k, v, out=out)
+        saved["attention"] = self.attend.forward(q, k, v)
         return self._output(saved["attention"][0])
 
     def _output(self, o_THK: Tensor) -> Tensor:
@@ -182,20 +178,6 @@ class AttentionBlock:
         if self.centre is not None:
             o_THK = add_centre(o_THK, self.centre)
         return o_THK.flatten(1)
-
-    def _input_of_o(self, o_TN: Tensor, saved: Saved) -> Tensor:
-        """o beside the room for the adapter's columns, if attention wrote it so, and where it is made again, too: their
-        product is added before rounding in the one case and after it in the other.
-        """
-        if not saved["_beside"]:
-            return o_TN
-        shape = (o_TN.shape[0], self.o.width(o_TN.shape[0]))
-        base = o_TN._base
-        if base is not None and base.shape == shape and base.data_ptr() == o_TN.data_ptr():
-            return base
-        wide = o_TN.new_empty(shape)  # it has been to the host
-        wide[:, : self.o.k] = o_TN
-        return wide
 
     def _restore(self, x_TD: Tensor, saved: Saved) -> Tensor:
         """o again, recomputing what is missing."""
@@ -211,7 +193,6 @@ class AttentionBlock:
         tokens = x_TD.shape[0]
         e = self.o.extend(tokens)
         tiles = self.context.tiles(tokens)
-        o_TN = self._input_of_o(o_TN, saved)
         if tiles == [None]:
             return self.output.forward(o_TN, e, x_TD, saved, saved["_seeds_o"])
         y_TD, parts = torch.empty_like(x_TD), []

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 from math import log2
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import torch
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 
 WORTH_A_TRIAL = 2 * 10**10
 """Floating-point operations from which the choice matters: some 30 microseconds on an H100."""
+
+CALLS_BEFORE = 64
+"""Of products alike, before they are tried out: two steps of a model with 32 layers. By then kernels are compiled, and
+the card is warm. A trial takes as long as some twenty products.
+"""
 
 SIZES_ALIKE = 2
 """Products alike but for their rows share a trial: so many trials for each doubling of the rows."""
@@ -39,16 +45,45 @@ MOST_KNOWN = 4096
 """Problems remembered; ragged batches bring new ones without end."""
 
 
-class Known:
-    """A problem on its card, and the algorithm for it."""
+class Alike:
+    """Products that differ in their rows alone, and not by much: how many there were, what is fastest for them."""
 
-    def __init__(self, device: Device, operation: Operation, algorithm: Algorithm) -> None:
+    def __init__(self) -> None:
+        self.calls = 0
+        self.fastest: Algorithm | None = None
+        self.members: WeakSet[Known] = WeakSet()
+
+
+class Known:
+    """A problem on its card, and the algorithm for it. alike: None where there is nothing to try."""
+
+    def __init__(
+        self, device: Device, operation: Operation, algorithm: Algorithm, alike: Alike | None
+    ) -> None:
         self.device, self.operation, self.algorithm = device, operation, algorithm
+        self.alike = alike
 
     def launch(self, addresses: Addresses, alpha: float, stream: int) -> bool:
         """Queues the product; False where it does not run."""
+        if self.alike is not None:
+            self._count(self.alike, addresses, stream)
         workspace = self.device.workspace(stream)
         return self.operation.launch(self.algorithm, *addresses, alpha, workspace, stream)
+
+    def take(self, algorithm: Algorithm) -> None:
+        """From now on this one, if it serves this problem."""
+        if self.operation.takes(algorithm):
+            self.algorithm = algorithm
+
+    def _count(self, alike: Alike, addresses: Addresses, stream: int) -> None:
+        if alike.fastest is None:
+            alike.calls += 1
+            if alike.calls <= CALLS_BEFORE or torch.cuda.is_current_stream_capturing():
+                return
+            alike.fastest = self.device.try_out(self.operation, addresses, stream)
+            for member in alike.members:
+                member.take(alike.fastest)
+        self.alike = None
 
 
 class Device:
@@ -56,7 +91,7 @@ class Device:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = Library(library)
-        self._fastest: dict[Problem, Algorithm] = {}
+        self._alike: dict[Problem, Alike] = {}
         self._workspaces: dict[int, Tensor] = {}
 
     def workspace(self, stream: int) -> int:
@@ -67,30 +102,35 @@ class Device:
             self._workspaces[stream] = found
         return found.data_ptr()
 
-    def find(self, problem: Problem, addresses: Addresses, stream: int) -> Known | None:
-        """The problem with its algorithm, which may first be tried out on these operands; None where there is none.
-
-        What lies at the last address is overwritten, unless it is an operand.
-        """
+    def find(self, problem: Problem, addresses: Addresses) -> Known | None:
+        """The problem with its algorithm; None where cuBLASLt has none."""
         operation = Operation(self.library, problem)
-        alike = problem._replace(m=round(SIZES_ALIKE * log2(problem.m)))
-        fastest_alike = self._fastest.get(alike)
-        if fastest_alike is not None and operation.takes(fastest_alike):
-            return Known(self, operation, fastest_alike)
         algorithms = operation.algorithms()
         if not algorithms:
             return None
         _, _, residual, out = addresses
-        if problem.flops < WORTH_A_TRIAL or (problem.ld_residual and residual == out):
-            return Known(self, operation, algorithms[0])
-        agreeing = self._agreeing(problem, addresses, algorithms, stream)
-        ways = [Known(self, operation, algorithm) for algorithm in agreeing]
-        calls = [partial(way.launch, addresses, 1.0, stream) for way in ways]
+        in_place = problem.ld_residual and residual == out
+        if in_place or len(algorithms) == 1 or problem.flops < WORTH_A_TRIAL:
+            return Known(self, operation, algorithms[0], None)
+        key = problem._replace(m=round(SIZES_ALIKE * log2(problem.m)))
+        alike = self._alike.setdefault(key, Alike())
+        known = Known(self, operation, algorithms[0], alike)
+        alike.members.add(known)
+        if alike.fastest is not None:
+            known.take(alike.fastest)
+        return known
+
+    def try_out(self, operation: Operation, addresses: Addresses, stream: int) -> Algorithm:
+        """The algorithm that is fastest on these operands; the product is left at the last address."""
+        algorithms = self._agreeing(operation.problem, addresses, operation.algorithms(), stream)
+        workspace = self.workspace(stream)
+        calls = [
+            partial(operation.launch, algorithm, *addresses, 1.0, workspace, stream)
+            for algorithm in algorithms
+        ]
         if not all(call() for call in calls):
-            return ways[0]
-        chosen = ways[fastest(calls, StreamClock())]
-        self._fastest[alike] = chosen.algorithm
-        return chosen
+            return algorithms[0]
+        return algorithms[fastest(calls, StreamClock())]
 
     def _agreeing(
         self, problem: Problem, at: Addresses, algorithms: list[Algorithm], stream: int
@@ -142,7 +182,8 @@ def product(a: Tensor, b: Tensor, out: Tensor, residual: Tensor | None, alpha: f
         *(a.dtype, a.shape, a.stride()),
         *(b.dtype, b.shape, b.stride()),
         *(out.dtype, out.stride()),
-        residual if residual is None else (residual.dtype, residual.shape, residual.stride()),
+        residual is not None and (residual.dtype, residual.shape, residual.stride()),
+        residual is not None and added_at == out_at,
     )
     known = _known.get(key, _NEVER_SEEN)
     if known is None:
@@ -153,12 +194,12 @@ def product(a: Tensor, b: Tensor, out: Tensor, residual: Tensor | None, alpha: f
     stream = torch._C._cuda_getCurrentRawStream(index)
     if not isinstance(known, Known):
         if torch.cuda.is_current_stream_capturing():
-            return False  # finding algorithms waits for the card, which a graph cannot record
+            return False  # a workspace of this graph's memory would not outlive it
         if len(_known) >= MOST_KNOWN:
             _known.clear()
         problem = problem_of(a, b, out, residual, together & -together)
         device = _device(index)
-        known = device.find(problem, addresses, stream) if problem and device else None
+        known = device.find(problem, addresses) if problem and device else None
         _known[key] = known
         if known is None:
             return False

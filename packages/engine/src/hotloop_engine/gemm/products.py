@@ -16,7 +16,8 @@ def gemm(
     `residual` may be `out` itself; then, and where it is of another dtype than the product (fp32 under autocast), the
     product is rounded before it is added, as in eager.
     """
-    if out.is_cuda and product(a, b, out, residual, alpha):
+    tracked = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    if out.is_cuda and not tracked and product(a, b, out, residual, alpha):
         return
     if residual is None:
         torch.mm(a, b, out=out)

@@ -1,4 +1,4 @@
-"""Which of several ways to do the same work is fastest on a card that is as warm as in the middle of a step."""
+"""Which of several ways to do the same work is fastest, in the middle of other work."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-WARM_MS = 100.0
-"""Work before anything counts: a card that comes from idling runs at a clock that it cannot hold."""
-
 ROUNDS = 3
-"""In which every way takes its turn; the median counts."""
+"""In which every way takes its turn, after one that only says how long turns are; the median counts."""
 
 HOPELESS = 1.06
 """A way that took longer than the shortest by this factor takes no further part."""
@@ -51,15 +48,17 @@ class StreamClock:
 
 
 def fastest(ways: Sequence[Callable[[], object]], clock: Clock) -> int:
-    """The number of the way that takes the least time. All are called many times, in turns."""
+    """The number of the way that takes the least time. All are called several times, in turns.
+
+    To be called when the card is warm, and behind work that is queued: one that comes from idling runs at a clock that
+    it cannot hold.
+    """
     if len(ways) == 1:
         return 0
     taking_part = list(range(len(ways)))
-    warm, repeats, times = 0.0, 1, [[] for _ in ways]
-    while warm < WARM_MS:
-        found = _round(ways, taking_part, 1, clock)
-        warm += sum(found.values())
-        repeats = max(1, round(TURN_MS / (min(found.values()) or TURN_MS)))
+    times: list[list[float]] = [[] for _ in ways]
+    shortest = min(_round(ways, taking_part, 1, clock).values())
+    repeats = max(1, round(TURN_MS / max(shortest, 1e-3)))
     for _ in range(ROUNDS):
         found = _round(ways, taking_part, repeats, clock)
         best = min(found.values())

@@ -138,8 +138,8 @@ DIRECT = True
 _compiled: dict[tuple[object, ...], Any] = {}
 
 
-class Lasting(NamedTuple):
-    """Arguments that are the same from launch to launch, with all that there is to look up about them.
+class Resolved(NamedTuple):
+    """Arguments of a launch with all that there is to look up about them, for many launches where they stay the same.
 
     device: the index of the card that their tensors are on, None where there are none. Their memory must stay where it
     is as long as this is in use.
@@ -151,7 +151,7 @@ class Lasting(NamedTuple):
     device: int | None
 
 
-NOTHING = Lasting((), (), (), None)
+NOTHING = Resolved((), (), (), None)
 
 
 def launch(
@@ -161,7 +161,7 @@ def launch(
     constants: dict[str, Any],
     *,
     num_warps: int,
-    before: Lasting = NOTHING,
+    before: Resolved = NOTHING,
     enable_fp_fusion: bool = True,
 ) -> None:
     """Launches a kernel on a grid of one dimension; the second time, without Triton's dispatch.
@@ -188,7 +188,7 @@ def launch(
     if INTERPRETED or not DIRECT or _hooked():
         kernel[(programs,)](*before.arguments, *arguments, **constants, **options)
         return
-    found = lasting(arguments)
+    found = resolve(arguments)
     index = before.device if found.device is None else found.device
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
@@ -238,7 +238,7 @@ def _of_integer(value: int) -> tuple[bool, bool, bool]:
     return value == 1, value % 16 == 0, value >= 2**31
 
 
-def lasting(arguments: tuple[object, ...]) -> Lasting:
+def resolve(arguments: tuple[object, ...]) -> Resolved:
     """What a compiled kernel depends on of its arguments, and what its launcher takes for them: addresses, for tensors.
 
     Raises:
@@ -264,7 +264,7 @@ def lasting(arguments: tuple[object, ...]) -> Lasting:
         else:
             key.append(argument is None)
             values.append(argument)
-    return Lasting(arguments, tuple(values), tuple(key), device)
+    return Resolved(arguments, tuple(values), tuple(key), device)
 
 
 def _apart(kernel: Any, indices: tuple[int | None, int]) -> str:

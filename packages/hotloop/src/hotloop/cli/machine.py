@@ -98,7 +98,27 @@ def _device() -> list[Finding]:
                 verdict="slow",
             )
         ]
-    return [found for index in range(torch.cuda.device_count()) for found in _card(index)]
+    cards = [found for index in range(torch.cuda.device_count()) for found in _card(index)]
+    return [*cards, _products()]
+
+
+def _products() -> Finding:
+    from hotloop_engine.gemm import library_version
+
+    version = library_version()
+    if version is None:
+        return Finding(
+            what="matrix products",
+            found="torch",
+            meaning="torch's cuBLASLt was not found; large products take the algorithm that torch picks",
+            verdict="slow",
+        )
+    return Finding(
+        what="matrix products",
+        found=f"cuBLASLt {version}",
+        meaning="large ones by the algorithm that is fastest here, found out in the third step or so",
+        verdict="fast",
+    )
 
 
 def _card(index: int) -> list[Finding]:

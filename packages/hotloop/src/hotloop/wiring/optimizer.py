@@ -37,8 +37,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _wired: WeakSet[nn.Module] = WeakSet()
 _hooks: list[RemovableHandle] = []
 _hidden: WeakKeyDictionary[Optimizer, list[tuple[Tensor, Tensor | None]]] = WeakKeyDictionary()
-_known: WeakKeyDictionary[Optimizer, tuple[int, dict[int, str | None]]] = WeakKeyDictionary()
-"""For each optimizer, for a number of parameters: those of wired models, by id, with the op's implementation."""
+_known: WeakKeyDictionary[Optimizer, tuple[list[int], dict[int, str | None]]] = WeakKeyDictionary()
+"""For each optimizer, for its parameters' ids: those of wired models, with the op's implementation."""
 
 
 def attend(root: nn.Module) -> None:
@@ -94,17 +94,15 @@ def _after(optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Non
 
 
 def _parameters(optimizer: Optimizer) -> dict[int, str | None]:
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    trained = [id(p) for group in optimizer.param_groups for p in group["params"]]
     known = _known.get(optimizer)
-    if known is None or known[0] != count:
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if known is None or known[0] != trained:
+        among = set(trained)
         found: dict[int, str | None] = {}
         for root in list(_wired):
             named = root.__dict__[STATE].shared.ops.get("adamw_8bit")
-            for parameter in root.parameters():
-                if id(parameter) in trained and (named or parameter.device.type == "cuda"):
-                    found[id(parameter)] = named
-        known = _known[optimizer] = (count, found)
+            found |= {id(p): named for p in root.parameters() if id(p) in among}
+        known = _known[optimizer] = (trained, found)
     return known[1]
 
 
@@ -118,6 +116,8 @@ def _taken(
         for i, parameter in enumerate(group["params"]):
             gradient = parameter.grad
             if gradient is None or id(parameter) not in ours:
+                continue
+            if not (ours[id(parameter)] or parameter.device.type == "cuda"):
                 continue
             state = states.get(parameter)
             if not state or not _takes(parameter, gradient, state):

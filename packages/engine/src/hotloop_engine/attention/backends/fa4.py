@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ class FlashAttention4(Backend):
     """
 
     name = "fa4"
-    writes_out = True
     capability = Capability(
         devices=frozenset({"cuda"}),
         dtypes=HALF,
@@ -53,8 +52,11 @@ class FlashAttention4(Backend):
             _flash_attn_fwd,
         )
 
+        q_THK, k_TGK, v_TGK = (aligned(x) for x in inputs.qkv)
         o_THK, lse_HT, *_ = _flash_attn_fwd(
-            *(aligned(x) for x in inputs.qkv),
+            q_THK,
+            k_TGK,
+            v_TGK,
             **_layout(inputs.sequences),
             softmax_scale=inputs.scale,
             softcap=inputs.softcap,
@@ -72,8 +74,13 @@ class FlashAttention4(Backend):
         )
 
         targets = [x if is_aligned(x) else None for x in out] if out else [None] * 3
+        q_THK, k_TGK, v_TGK = (aligned(x) for x in inputs.qkv)
         dq_THK, dk_TGK, dv_TGK = _flash_attn_bwd(
-            *(aligned(x) for x in (*inputs.qkv, o_THK, do_THK)),
+            q_THK,
+            k_TGK,
+            v_TGK,
+            aligned(o_THK),
+            aligned(do_THK),
             lse,
             **_layout(inputs.sequences),
             softmax_scale=inputs.scale,
@@ -87,7 +94,7 @@ class FlashAttention4(Backend):
         return dq_THK, dk_TGK, dv_TGK
 
 
-def _layout(sequences: Sequences) -> dict[str, Tensor | int]:
+def _layout(sequences: Sequences) -> dict[str, Any]:
     return {
         "cu_seqlens_q": sequences.cu_seqlens,
         "cu_seqlens_k": sequences.cu_seqlens,
@@ -96,7 +103,7 @@ def _layout(sequences: Sequences) -> dict[str, Tensor | int]:
     }
 
 
-def _visible(inputs: Inputs) -> dict[str, int | bool | None]:
+def _visible(inputs: Inputs) -> dict[str, Any]:
     if inputs.window is None:
         return {"causal": True, "window_size_left": None, "window_size_right": None}
     # Their window counts the tokens before this one, ours includes it.

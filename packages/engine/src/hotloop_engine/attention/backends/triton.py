@@ -12,7 +12,6 @@ class Triton(Backend):
     """Packed and dense, window, soft cap, grouped queries, any strides; nothing is atomic."""
 
     name = "triton"
-    writes_out = True
     capability = Capability(
         devices=frozenset({"cuda", "cpu"}),
         dtypes=frozenset({torch.float16, torch.bfloat16, torch.float32}),

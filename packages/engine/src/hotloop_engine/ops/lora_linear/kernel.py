@@ -14,7 +14,7 @@ import triton.language as tl
 from hotloop_core.kernels import FourBitWeight
 from torch import Tensor
 
-from hotloop_engine.ops.kernel import Lasting, lasting, launch
+from hotloop_engine.ops.kernel import Resolved, launch, resolve
 from hotloop_engine.ops.nf4.kernel import WORDS, dequantize_tile
 
 from . import reference
@@ -200,13 +200,13 @@ class _Prepared:
             b_programs,
             a_blocks,
         )
-        self.sizes = lasting(sizes)
+        self.sizes = resolve(sizes)
         self.four_bit = _four_bit(group, sizes, self.constants)
 
 
 class _FourBit(NamedTuple):
     tiles: int
-    lasting: Lasting
+    first: Resolved
     constants: dict[str, object]
 
 
@@ -261,7 +261,7 @@ def _four_bit(
         "WORDS": WORDS,
         **edges,
     }
-    return _FourBit(sum(tiles), lasting(arguments), constants)
+    return _FourBit(sum(tiles), resolve(arguments), constants)
 
 
 def _prepared(group: LinearGroup) -> _Prepared:
