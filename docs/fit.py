@@ -215,7 +215,7 @@ def _card(row: Row) -> str:
 
 
 def as_it_ran(row: Row) -> Plan:
-    """The plan of a row: as `load` placed the weights, for one sequence; then the batch with adapters and weights there."""
+    """A row's plan: as `load` placed the weights, for one sequence; then the batch with adapters and weights there."""
     host = f"{row['host_limit_gib']}GiB" if "host_limit_gib" in row else HOSTS.get(row["run"], HOST)
     common = {**COMMON, "card": _card(row), "host": host, "bits": row["bits"]}
     common |= {"placements": row.get("placements", "keep"), "longest": row["seq"]}

@@ -290,6 +290,7 @@ def test_embeddings_train_at_their_own_rate(tiny_llama, tmp_path):
         trainer().create_optimizer()
 
 
+@pytest.mark.slow
 def test_the_drop_in_script_trains_and_saves(tiny_llama, tmp_path):
     output = tmp_path / "run"
     done = subprocess.run(

@@ -186,21 +186,24 @@ MIXED = {
     **dict.fromkeys(("qkv", "x_mid", "gate_up"), RECOMPUTE),
 }
 SENT = {"x": OFFLOAD, "qkv": OFFLOAD, "attention": OFFLOAD, "x_mid": OFFLOAD, "gate_up": RECOMPUTE}
-CASES = [
+QUICK = [
     ("llama", "keep", None),
+    ("llama", "offload", 256),
+    ("mha", MIXED, 128),
+    ("qwen3", "recompute", 256),
+]
+MORE = [
     ("llama", "recompute", None),
     ("llama", "offload", None),
-    ("llama", "offload", 256),
     ("llama", {"gate_up": OFFLOAD}, None),
     ("llama", {"gate_up": RECOMPUTE}, 256),
     ("llama", MIXED, 128),
     ("llama", SENT, None),
-    ("mha", MIXED, 128),
     ("large vocabulary", "offload", None),
-    ("qwen3", "recompute", 256),
     ("gemma2", "recompute", None),
     ("gemma2", "keep", None),
 ]
+CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 
 
 @pytest.mark.parametrize(("family", "placements", "tile"), CASES)
@@ -218,6 +221,7 @@ def test_the_planned_activations_are_within_5_percent_of_the_live_bytes(
     assert expected == pytest.approx(found, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placements", ["keep", "offload"])
 def test_a_step_without_accumulation_takes_less_by_what_the_plan_says(
     live, placements, monkeypatch

@@ -8,6 +8,7 @@ from hotloop_testkit.tiny import SMALL
 from transformers import Exaone4Config
 
 
+@pytest.mark.slow
 class TestExaone4(FamilyConformance):
     """1.2B: no window, every layer rotated, a tied head."""
 

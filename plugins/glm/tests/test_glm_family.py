@@ -12,6 +12,7 @@ from transformers import Glm4Config, GlmConfig
 SIZES = {**SMALL, "num_hidden_layers": 2, "head_dim": 16}
 
 
+@pytest.mark.slow
 class TestGlm(FamilyConformance):
     """GLM-4 9B of 2024: biases on q, k and v, half of each head rotated in even/odd pairs."""
 

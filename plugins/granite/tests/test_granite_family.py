@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hotloop_granite import GRANITE
 from hotloop_testkit.family import FamilyConformance
 from hotloop_testkit.tiny import SMALL
@@ -23,6 +24,7 @@ class TestGranite(FamilyConformance):
         return GraniteConfig(**SIZES, **MULTIPLIERS, tie_word_embeddings=True)
 
 
+@pytest.mark.slow
 class TestGraniteWithBiases(FamilyConformance):
     """Biases of attention and MLP, a head of its own."""
 

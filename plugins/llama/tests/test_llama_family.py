@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hotloop_llama import LLAMA
 from hotloop_testkit.family import FamilyConformance
 from hotloop_testkit.tiny import SMALL
@@ -32,6 +33,7 @@ class TestLlama3RopeScalingAndTiedHead(FamilyConformance):
         return LlamaConfig(**SIZES, head_dim=32, tie_word_embeddings=True, rope_parameters=rope)
 
 
+@pytest.mark.slow
 class TestLlamaWithBiases(FamilyConformance):
     """Attention and MLP biases, and a key/value head for each query head."""
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 from hotloop_mistral import MINISTRAL, MISTRAL
 from hotloop_testkit.family import FamilyConformance
 from hotloop_testkit.tiny import SMALL
@@ -26,6 +27,7 @@ class TestMistralWithAWindow(FamilyConformance):
         return MistralConfig(**SIZES, sliding_window=9)
 
 
+@pytest.mark.slow
 class TestMinistral(FamilyConformance):
     """Layers with and without a window."""
 

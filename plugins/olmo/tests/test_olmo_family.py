@@ -15,6 +15,7 @@ SCALED_WINDOWS = {
 }
 
 
+@pytest.mark.slow
 class TestOlmo2(FamilyConformance):
     """No norm before a block, one behind each, and one over all heads of q and of k."""
 

@@ -27,6 +27,7 @@ class TestPhi3(FamilyConformance):
         return Phi3Config(**{**SIZES, "num_key_value_heads": 4}, sliding_window=9)
 
 
+@pytest.mark.slow
 class TestPhi4Mini(FamilyConformance):
     """Three quarters of each head rotated, longrope, a tied head. Batches pass the original length of 32."""
 

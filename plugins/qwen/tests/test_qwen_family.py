@@ -19,6 +19,7 @@ class TestQwen2(FamilyConformance):
         return Qwen2Config(**SIZES, tie_word_embeddings=True)
 
 
+@pytest.mark.slow
 class TestQwen2WithAWindow(FamilyConformance):
     """The larger ones: a head of its own. A window from the second layer on."""
 
@@ -37,6 +38,7 @@ class TestQwen3(FamilyConformance):
         return Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True)
 
 
+@pytest.mark.slow
 class TestQwen3WithBiases(FamilyConformance):
     """attention_bias puts one on o, too."""
 

@@ -18,6 +18,7 @@ class TestSmolLm3(FamilyConformance):
         return SmolLM3Config(**SMALL, num_hidden_layers=4)
 
 
+@pytest.mark.slow
 class TestSmolLm3WithAWindow(FamilyConformance):
     """A list of its own; the unrotated layer has the window."""
 

@@ -20,6 +20,7 @@ class TestStableLm(FamilyConformance):
         return StableLmConfig(**{**SIZES, "num_key_value_heads": 4})
 
 
+@pytest.mark.slow
 class TestStableLm2(FamilyConformance):
     """2 1.6B: biases on q, k and v; fewer key/value heads."""
 
