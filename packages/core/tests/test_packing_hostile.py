@@ -26,6 +26,7 @@ HUGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HUGE)
 def test_a_million_rows_of_any_kind_stay_within_time_and_memory(name: str) -> None:
     draw, capacity = HUGE[name]

@@ -184,6 +184,7 @@ def test_an_adapter_trained_on_another_base_is_refused(run: Path, base: Path) ->
         hotloop(run, "--format", "gguf")
 
 
+@pytest.mark.slow
 def test_a_killed_export_leaves_nothing_that_looks_whole_and_can_be_repeated(run: Path) -> None:
     program = (
         "import sys, time; from hotloop_core.files import HashingFile\n"

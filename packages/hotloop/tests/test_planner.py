@@ -99,6 +99,7 @@ def test_the_last_layer_sends_nothing_away():
     assert Placement.OFFLOAD not in made.layers[-1].placements.values()
 
 
+@pytest.mark.slow
 def test_streamed_layers_are_spread_evenly():
     seen = 0
     for gib in range(5, 30, 2):

@@ -74,6 +74,7 @@ def test_the_entry_point_names_a_module_of_the_kit():
     importlib.import_module(entry_points()["hotloop"])
 
 
+@pytest.mark.slow
 def test_a_stranger_has_the_gpu_marker_and_a_seed(tmp_path):
     (tmp_path / "test_theirs.py").write_text(TESTS)
     found = pytest_in(tmp_path, entry_points()["hotloop"])

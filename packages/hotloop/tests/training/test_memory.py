@@ -69,6 +69,7 @@ def losses(recipe: Recipe) -> dict[int, float]:
     return dict(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "save_every, steps",
     [(None, [1, 2, 3, 1, 2, 3, 4, 5]), (2, [1, 2, 3, 3, 4, 5])],
