@@ -70,6 +70,26 @@ def test_structures_have_the_sizes_of_the_interface():
     assert ctypes.sizeof(cublaslt._Found) == 96
 
 
+def test_a_product_that_is_declined_is_torchs_and_one_that_fails_is_an_error():
+    assert cublaslt.accepted("cublasLtMatmul", 0)
+    for status in cublaslt.REFUSALS:
+        assert not cublaslt.accepted("cublasLtMatmul", status)
+    for status in (1, 3, 13, 14):  # not initialised, no memory, not executed, internal
+        with pytest.raises(
+            RuntimeError, match=f"cublasLtMatmul of cuBLASLt returned status {status}"
+        ):
+            cublaslt.accepted("cublasLtMatmul", status)
+
+
+def test_versions_are_read_off_one_number():
+    class Functions:
+        @staticmethod
+        def cublasLtGetVersion():
+            return 120805
+
+    assert cublaslt.version(Functions) == "12.8.5"
+
+
 def test_a_torch_without_cuda_has_no_library(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     assert cublaslt.functions.__wrapped__() is None

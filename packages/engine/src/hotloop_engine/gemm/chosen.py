@@ -13,7 +13,16 @@ from weakref import WeakSet
 
 import torch
 
-from .cublaslt import REAL, WORKSPACE_BYTES, Algorithm, Library, Operation, Problem, functions
+from .cublaslt import (
+    REAL,
+    WORKSPACE_BYTES,
+    Algorithm,
+    Library,
+    Operation,
+    Problem,
+    functions,
+    version,
+)
 from .trial import StreamClock, fastest
 
 if TYPE_CHECKING:
@@ -64,7 +73,7 @@ class Known:
         self.alike = alike
 
     def launch(self, addresses: Addresses, alpha: float, stream: int) -> bool:
-        """Queues the product; False where it does not run."""
+        """Queues the product; False where cuBLASLt declines it."""
         if self.alike is not None:
             self._count(self.alike, addresses, stream)
         workspace = self.device.workspace(stream)
@@ -136,7 +145,8 @@ class Device:
         self, problem: Problem, at: Addresses, algorithms: list[Algorithm], stream: int
     ) -> list[Algorithm]:
         """Those that give the bits of the first, on a few rows: what is chosen by time must not decide about values."""
-        rows, k, n = min(PROBE_ROWS, problem.m), *(-(-size // 8) * 8 for size in problem[1:3][::-1])
+        rows = min(PROBE_ROWS, problem.m)
+        k, n = (-(-size // 8) * 8 for size in (problem.k, problem.n))
         shape = (rows, k) if problem.a_rows else (k, rows)
         # Not random: the generator is the user's.
         a = torch.arange(rows * k, dtype=torch.float32, device="cuda").sin_().to(problem.dtype)
@@ -258,4 +268,4 @@ def _order(matrix: Tensor) -> tuple[bool, int] | None:
 def library_version() -> str | None:
     """Of the cuBLASLt that makes products on the current card; None where torch makes them."""
     library = functions()
-    return None if library is None else Library(library).version
+    return None if library is None else version(library)

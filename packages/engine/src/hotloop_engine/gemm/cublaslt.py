@@ -23,6 +23,9 @@ REDUCE_IN_COMPUTE_TYPE = 2
 """Parts of a split sum are added up in fp32: in the output's type each would be rounded."""
 CONFIG_SPLIT_K = 2
 
+REFUSALS = {7: "invalid value", 8: "architecture mismatch", 15: "not supported"}
+"""cublasStatus_t by which a product is declined before anything is done. Every other but 0 is a failure."""
+
 WORKSPACE_BYTES = 2**20
 """What an algorithm may use beside its operands. Those that do not split the sum need a counter, four bytes."""
 
@@ -96,13 +99,26 @@ class Library:
                 "damaged, or the card ran out of memory for a context."
             )
 
-    @property
-    def version(self) -> str:
-        """As in 13.1.0."""
-        self.functions.cublasLtGetVersion.restype = ctypes.c_size_t
-        number = int(self.functions.cublasLtGetVersion())
-        major, rest = divmod(number, 10000)
-        return f"{major}.{rest // 100}.{rest % 100}"
+
+def accepted(name: str, status: int) -> bool:
+    """Whether cuBLASLt took a product; False where it declines.
+
+    Raises:
+        RuntimeError: it failed. Another library would meet the same card.
+    """
+    if status and status not in REFUSALS:
+        raise RuntimeError(
+            f"{name} of cuBLASLt returned status {status}; expected 0, or one of {sorted(REFUSALS)} for a product that it "
+            "does not take. An earlier kernel may have failed: run again with CUDA_LAUNCH_BLOCKING=1 to see which."
+        )
+    return not status
+
+
+def version(functions: ctypes.CDLL) -> str:
+    """As in 13.1.0."""
+    functions.cublasLtGetVersion.restype = ctypes.c_size_t
+    major, rest = divmod(int(functions.cublasLtGetVersion()), 10000)
+    return f"{major}.{rest // 100}.{rest % 100}"
 
 
 @cache
@@ -206,7 +222,7 @@ class Operation:
             )
         finally:
             lib.call("cublasLtMatmulPreferenceDestroy", preference)
-        if status:  # not supported, as with rows at odd addresses
+        if not accepted("cublasLtMatmulAlgoGetHeuristic", status):  # as with rows at odd addresses
             return []
         usable = [
             Algorithm.from_buffer_copy(one.algorithm)
@@ -255,12 +271,11 @@ class Operation:
         workspace: int,
         stream: int,
     ) -> bool:
-        """Queues the product of what lies at these addresses; False where the algorithm does not run."""
-        numbers = self._numbers
+        """Queues the product of what lies at these addresses; False where the algorithm does not take it."""
         scale = self._alpha
         if alpha != 1.0:
-            numbers = (ctypes.c_float * 1)(alpha)
-            scale = ctypes.addressof(numbers)
+            other = ctypes.c_float(alpha)  # read by the call, so it has to live no longer
+            scale = ctypes.addressof(other)
         status = self.library.matmul(
             self.library.handle,
             self._descriptor,
@@ -279,4 +294,4 @@ class Operation:
             WORKSPACE_BYTES,
             stream,
         )
-        return status == 0
+        return accepted("cublasLtMatmul", status)

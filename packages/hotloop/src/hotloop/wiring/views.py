@@ -104,13 +104,13 @@ def _is(kind: type, parent: type) -> bool:
     return issubclass(kind, parent)
 
 
-def _own(module: nn.Module, name: str) -> Any:
-    """A parameter or submodule; hundreds are looked up a step, and nn.Module's own way is ten times as long."""
+def _own(module: nn.Module, name: str, *otherwise: Any) -> Any:
+    """`getattr` for parameters and submodules: hundreds a step, for which nn.Module's own way is ten times as long."""
     inside = module.__dict__
     for kind in ("_parameters", "_modules"):
         if name in inside[kind]:
             return inside[kind][name]
-    return getattr(module, name)
+    return getattr(module, name, *otherwise)
 
 
 def active_module(module: nn.Module) -> nn.Module:
@@ -192,11 +192,6 @@ def norm_eps(module: Any, otherwise: float) -> float:
     return getattr(module, "variance_epsilon", getattr(module, "eps", otherwise))
 
 
-def _optional(module: nn.Module, name: str) -> Tensor | None:
-    parameters = module.__dict__["_parameters"]
-    return parameters[name] if name in parameters else getattr(module, name, None)
-
-
 def norm_view(module: nn.Module, norms: Norms, eps: float) -> NormView:
     """What a norm is right now. eps: for a module that does not say.
 
@@ -205,8 +200,8 @@ def norm_view(module: nn.Module, norms: Norms, eps: float) -> NormView:
     """
     module = plain_module(module)
     return NormView(
-        weight=_optional(module, "weight"),
-        bias=_optional(module, "bias"),
+        weight=_own(module, "weight", None),
+        bias=_own(module, "bias", None),
         eps=norm_eps(module, eps),
         offset=norms.offset,
         kind=norms.kind,
