@@ -108,8 +108,8 @@ def accepted(name: str, status: int) -> bool:
     """
     if status and status not in REFUSALS:
         raise RuntimeError(
-            f"{name} of cuBLASLt returned status {status}; expected 0, or one of {sorted(REFUSALS)} for a product that it "
-            "does not take. An earlier kernel may have failed: run again with CUDA_LAUNCH_BLOCKING=1 to see which."
+            f"{name} of cuBLASLt returned status {status}; expected 0, or for a product that it does not take one of "
+            f"{sorted(REFUSALS)}. An earlier kernel may have failed: CUDA_LAUNCH_BLOCKING=1 shows which."
         )
     return not status
 
