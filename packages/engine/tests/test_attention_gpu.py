@@ -16,7 +16,6 @@ from torch import Tensor
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:Argument aux_data"),  # flash-attn-4's, when it compiles
     pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS"),
 ]
 

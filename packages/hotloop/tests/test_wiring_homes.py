@@ -12,6 +12,7 @@ from hotloop.planner import Request
 from hotloop.planner import plan as make_plan
 from hotloop.planner.task import Task
 from hotloop.wiring import receipt_of, wire
+from hotloop.wiring.classes import STATE
 from hotloop_core.errors import BudgetError, PlanError
 from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, LayerPlan, Placement, Plan
 from peft import LoraConfig, get_peft_model
@@ -102,6 +103,20 @@ def test_a_pass_fetches_each_streamed_layer_once_and_turns_round_without_a_reloa
     # Two slots: forward brings four layers (two may still be there), backward the two that gave way.
     assert after.loads - before.loads <= 2 * LAYERS - 2
     assert after.stalls - before.stalls <= 1
+
+
+def test_blocks_multiply_by_the_fetched_copy_and_not_by_host_memory():
+    """On a CPU both hold the same values; a card would read the host's memory over the link, or refuse."""
+    model = tiny()
+    plan = plan_of(PLANS["recompute"], range(LAYERS))
+    homes = settle(model, plan)
+    wire(model, plan)
+    model = with_lora(model)
+    train(model)
+    for index, layer in enumerate(model.get_base_model().model.layers):
+        groups = layer.__dict__[STATE].groups
+        found = {v.weight.data_ptr() for _, group in groups.values() for v in group.views}
+        assert found == {tensor.data_ptr() for tensor in homes.views(index)}
 
 
 def test_wiring_before_settling_is_refused():

@@ -107,10 +107,17 @@ def _is(kind: type, parent: type) -> bool:
 def _own(module: nn.Module, name: str, *otherwise: Any) -> Any:
     """`getattr` for parameters and submodules: hundreds a step, for which nn.Module's own way is ten times as long."""
     inside = module.__dict__
-    for kind in ("_parameters", "_modules"):
-        if name in inside[kind]:
-            return inside[kind][name]
+    if not _answers(type(module), name):
+        for kind in ("_parameters", "_modules"):
+            if name in inside[kind]:
+                return inside[kind][name]
     return getattr(module, name, *otherwise)
+
+
+@cache
+def _answers(kind: type, name: str) -> bool:
+    """Whether a class has a property of that name, such as the weight of `homes.Streamed`, which fetches it."""
+    return hasattr(kind, name)
 
 
 def active_module(module: nn.Module) -> nn.Module:
