@@ -188,16 +188,13 @@ def launch(
     if INTERPRETED or not DIRECT or _hooked():
         kernel[(programs,)](*before.arguments, *arguments, **constants, **options)
         return
-    found = resolve(arguments)
-    index = before.device if found.device is None else found.device
+    found = resolve(arguments, before.device, kernel)
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
-    if before.device not in (None, index):
-        raise ConfigError(_apart(kernel, (before.device, index)))
-    if index is not None and index != device:
-        if index < 0:
-            raise ConfigError(_apart(kernel, (index, device)))
-        with torch.cuda.device(index):
+    if found.device is not None and found.device != device:
+        if found.device < 0:
+            raise ConfigError(_apart(kernel, (found.device, device)))
+        with torch.cuda.device(found.device):
             launch(kernel, programs, arguments, constants, before=before, **options)  # type: ignore[arg-type]
         return
     key = (kernel.fn, device, num_warps, *constants.values(), *before.key, *found.key)
@@ -238,15 +235,18 @@ def _of_integer(value: int) -> tuple[bool, bool, bool]:
     return value == 1, value % 16 == 0, value >= 2**31
 
 
-def resolve(arguments: tuple[object, ...]) -> Resolved:
+def resolve(
+    arguments: tuple[object, ...], device: int | None = None, kernel: Any = None
+) -> Resolved:
     """What a compiled kernel depends on of its arguments, and what its launcher takes for them: addresses, for tensors.
+
+    device: the one that other arguments of `kernel` are on already.
 
     Raises:
         ConfigError: the tensors are on several devices.
     """
     values: list[object] = []
     key: list[object] = []
-    device: int | None = None
     for argument in arguments:  # the larger part of the cost of a launch, hence the plain loop
         if isinstance(argument, int):
             key.append(_of_integer(argument))
@@ -259,7 +259,7 @@ def resolve(arguments: tuple[object, ...]) -> Resolved:
             index = argument.get_device()
             if index != device:
                 if device is not None:
-                    raise ConfigError(_apart(None, (device, index)))
+                    raise ConfigError(_apart(kernel, (device, index)))
                 device = index
         else:
             key.append(argument is None)
