@@ -149,7 +149,7 @@ def test_a_4bit_weight_past_31_bits_is_left_to_the_kernel_that_counts_in_64() ->
     for rows, taken in ((2**31 // 64, False), (64, True)):
         view = LinearView(weight=dataclasses.replace(weight, shape=(rows, 64)))
         group = LinearGroup([view], torch.float16, CPU)
-        assert (kernel._four_bit(group, (), {}) is not None) == taken
+        assert (kernel._four_bit(group) is not None) == taken
 
 
 def test_cards_without_matrix_products_in_triton_leave_the_sums_to_gemms(monkeypatch) -> None:

@@ -15,6 +15,7 @@ from hotloop.wiring import receipt_of, wire
 from hotloop.wiring.classes import STATE
 from hotloop_core.errors import BudgetError, PlanError
 from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, LayerPlan, Placement, Plan
+from hotloop_engine.ops.lora_linear import LinearGroup
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -114,8 +115,9 @@ def test_blocks_multiply_by_the_fetched_copy_and_not_by_host_memory():
     model = with_lora(model)
     train(model)
     for index, layer in enumerate(model.get_base_model().model.layers):
-        groups = layer.__dict__[STATE].groups
-        found = {v.weight.data_ptr() for _, group in groups.values() for v in group.views}
+        made = layer.__dict__[STATE].made
+        groups = [value for _, value in made.values() if isinstance(value, LinearGroup)]
+        found = {view.weight.data_ptr() for group in groups for view in group.views}
         assert found == {tensor.data_ptr() for tensor in homes.views(index)}
 
 

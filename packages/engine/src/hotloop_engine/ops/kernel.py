@@ -139,10 +139,10 @@ _compiled: dict[tuple[object, ...], Any] = {}
 
 
 class Resolved(NamedTuple):
-    """Arguments of a launch with all that there is to look up about them, for many launches where they stay the same.
+    """Arguments of a launch with all that there is to look up about them.
 
-    device: the index of the card that their tensors are on, None where there are none. Their memory must stay where it
-    is as long as this is in use.
+    values: what Triton's launcher takes for them: addresses, for tensors. key: what a compiled kernel depends on.
+    device: the index of the card that their tensors are on, None where there are none.
     """
 
     arguments: tuple[object, ...]
@@ -188,7 +188,7 @@ def launch(
     if INTERPRETED or not DIRECT or _hooked():
         kernel[(programs,)](*before.arguments, *arguments, **constants, **options)
         return
-    found = resolve(arguments, before.device, kernel)
+    found = _look_up(arguments, before.device, kernel)
     driver = triton.runtime.driver.active
     device = driver.get_current_device()
     if found.device is not None and found.device != device:
@@ -235,16 +235,23 @@ def _of_integer(value: int) -> tuple[bool, bool, bool]:
     return value == 1, value % 16 == 0, value >= 2**31
 
 
-def resolve(
-    arguments: tuple[object, ...], device: int | None = None, kernel: Any = None
-) -> Resolved:
-    """What a compiled kernel depends on of its arguments, and what its launcher takes for them: addresses, for tensors.
+_keys: dict[tuple[object, ...], int] = {}
 
-    device: the one that other arguments of `kernel` are on already.
+
+def resolve(arguments: tuple[object, ...]) -> Resolved:
+    """The first arguments of many launches, looked up once. Their memory must stay where it is while this is in use.
+
+    Their key is a number: the tuple of some fifty parts that it stands for would be hashed at every launch.
 
     Raises:
         ConfigError: the tensors are on several devices.
     """
+    found = _look_up(arguments, None, None)
+    return found._replace(key=(_keys.setdefault(found.key, len(_keys)),))
+
+
+def _look_up(arguments: tuple[object, ...], device: int | None, kernel: Any) -> Resolved:
+    """device: the one that other arguments of `kernel` are on already."""
     values: list[object] = []
     key: list[object] = []
     for argument in arguments:  # the larger part of the cost of a launch, hence the plain loop

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,16 +19,16 @@ from hotloop_engine.blocks import (
 from hotloop_engine.ops.lora_linear import LinearGroup
 
 from .targets import load_target
-from .views import linear_view, norm_view, plain_module
+from .views import norm_view, plain_module
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from hotloop_engine.blocks import NormView, StreamBlock
     from hotloop_engine.ops.lora_linear import LinearView
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from .layer import LayerState
+    from .layer import Guard, LayerState
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -41,24 +40,25 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 class Builder:
-    """One layer at one call. modules: the module of each role (of a family's own block also by path)."""
+    """One layer at one call, with its modules as a guard has them. What did not change since the last call is reused."""
 
     def __init__(
-        self,
-        state: LayerState,
-        modules: Mapping[str, nn.Module],
-        hidden: Tensor,
-        kwargs: Mapping[str, Any],
+        self, state: LayerState, guard: Guard, hidden: Tensor, kwargs: Mapping[str, Any]
     ) -> None:
-        self._state, self._modules = state, modules
+        self._state = state
+        self._modules, self._projections = guard.modules, guard.projections
         self._hidden, self._kwargs = hidden, kwargs
-        shared = state.shared
-        self._context = BlockContext(
-            dtype=compute_dtype(hidden),
-            device=hidden.device,
-            ops={**state.spec.ops, **shared.ops},
-            residual_scale=shared.facts.residual_scale,
-            tile=shared.plan.tile,
+        shared, dtype, device = state.shared, compute_dtype(hidden), hidden.device
+        self._context: BlockContext = self._once(
+            "context",
+            (dtype, device, shared.plan.tile),
+            lambda: BlockContext(
+                dtype=dtype,
+                device=device,
+                ops={**state.spec.ops, **shared.ops},
+                residual_scale=shared.facts.residual_scale,
+                tile=shared.plan.tile,
+            ),
         )
 
     def blocks(self) -> tuple[StreamBlock, StreamBlock]:
@@ -79,11 +79,11 @@ class Builder:
         return first, self._mlp(mlp)
 
     def _attention(self, attention: Attention) -> AttentionBlock:
-        into = [self._view(role) for role in attention.projections if role != "o"]
-        v_bias = None
         if attention.qkv is None:  # v's bias is added behind attention
-            *qk, v = into
-            into, v_bias = [*qk, replace(v, bias=None)], v.bias
+            v, v_bias = self._projections["v"].bare()
+            into = [self._view("q"), self._view("k"), v]
+        else:
+            into, v_bias = [self._view("qkv")], None
         cos, sin = self._tables()
         if not attention.rotary:  # two dimensions turned by nothing: every bit stays
             cos, sin = cos.new_ones(1, 2), sin.new_zeros(1, 2)
@@ -172,17 +172,20 @@ class Builder:
         return norm_view(module, self._state.spec.norms, self._state.shared.facts.norm_eps)
 
     def _view(self, role: str) -> LinearView:
-        return linear_view(self._modules[role], self._state.four_bit)
+        return self._projections[role].view()
 
     def _group(self, name: str, *views: LinearView) -> LinearGroup:
-        """The projections as one group: the one of the call before, if they are still the same."""
-        context, groups = self._context, self._state.groups
-        parts = (part for view in views for part in view.identity())
-        dtypes = (
-            tensor.dtype for view in views for tensor in view.tensors()
-        )  # .to() keeps identities
-        key = (context.dtype, context.device, *parts, *dtypes)
-        known = groups.get(name)
-        if known is None or known[0] != key:  # the group holds the views, so no identity is reused
-            known = groups[name] = (key, LinearGroup(views, context.dtype, context.device))
+        """The projections as one group."""
+        context = self._context
+        return self._once(
+            name,
+            (context, *views),
+            lambda: LinearGroup(views, context.dtype, context.device),
+        )
+
+    def _once(self, name: str, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
+        """What the call before made under this name, if `key` is equal; objects in it are equal if they are the same."""
+        known = self._state.made.get(name)
+        if known is None or known[0] != key:
+            known = self._state.made[name] = (key, make())
         return known[1]

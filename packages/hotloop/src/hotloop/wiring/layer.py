@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from .build import Builder
 from .classes import STATE, role
 from .masks import LazyMask
+from .projection import Projection
 from .views import FourBitCache, Refusal, refuse
 from .waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from hotloop_engine.ops.lora_linear import LinearGroup
+    from collections.abc import Callable, Iterable, Mapping
 
     from hotloop.homes import Homes
 
@@ -120,14 +119,14 @@ class LayerState:
     spec: LayerSpec
     shared: Shared
     four_bit: FourBitCache = field(default_factory=FourBitCache)
-    groups: dict[str, tuple[Any, LinearGroup]] = field(default_factory=dict)
+    made: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     guard: Guard | None = None
 
     def __post_init__(self) -> None:
         self.paths = module_paths(self.spec)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "guard": None, "groups": {}}
+        return {**self.__dict__, "guard": None, "made": {}}
 
 
 def module_paths(spec: LayerSpec) -> dict[str, str]:
@@ -171,8 +170,8 @@ def forward(
         fetch(False)  # before the weights are read, so that the next layer's set out at once
     waiting.start_head(state.index)
     try:
-        modules = _check_call(layer, state, kwargs).modules
-        blocks = Builder(state, modules, hidden_states, kwargs).blocks()
+        guard = _check_call(layer, state, kwargs)
+        blocks = Builder(state, guard, hidden_states, kwargs).blocks()
     except Refusal as refusal:
         if refusal.name not in state.shared.allow_eager:
             raise refuse(state.path, refusal) from None
@@ -237,19 +236,26 @@ def _check_call(layer: nn.Module, state: LayerState, kwargs: Mapping[str, Any]) 
         raise Refusal("attention-dropout", f"attention_dropout={shared.facts.attention_dropout}")
     if state.guard is None or not state.guard.holds(layer):
         check_modules(layer)
-        state.guard = Guard(layer, state.paths)
+        state.guard = Guard(layer, state.paths, state.spec.projections.keys(), state.four_bit)
     return state.guard
 
 
 class Guard:
     """Remembers that `check_modules` found nothing: no module came or went, no hook or forward was added since.
 
-    modules: the module of each role, which so are still those.
+    modules: the module of each role, which so are still those. projections: those that multiply.
     """
 
-    def __init__(self, layer: nn.Module, paths: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        paths: Mapping[str, str],
+        projections: Iterable[str],
+        four_bit: FourBitCache,
+    ) -> None:
         self._layer = weakref.ref(layer)
         self.modules = {role: layer.get_submodule(path) for role, path in paths.items()}
+        self.projections = {role: Projection(self.modules[role], four_bit) for role in projections}
         inner = [module for module in layer.modules() if module is not layer]
         self._own = [module.__dict__ for module in inner]
         self._hooks = [own[kind] for own in self._own for kind in _HOOKS if not own[kind]]

@@ -86,12 +86,12 @@ def linear_view(module: nn.Module, cache: FourBitCache | None = None) -> LinearV
     """
     module = active_module(module)
     cache = FourBitCache() if cache is None else cache
-    if not _is(type(module), BaseTunerLayer):
+    if not is_a(type(module), BaseTunerLayer):
         return LinearView(weight=_weight(module, cache), bias=_own(module, "bias"))
-    if not _is(type(module), LoraLayer):
+    if not is_a(type(module), LoraLayer):
         raise Refusal("adapter-kind", f"an adapter of kind {type(module).__name__}")
     base = module
-    while _is(type(base), BaseTunerLayer):
+    while is_a(type(base), BaseTunerLayer):
         base = _own(base, "base_layer")
     return LinearView(
         weight=_weight(base, cache), bias=_own(base, "bias"), lora=_active_lora(module)
@@ -99,7 +99,7 @@ def linear_view(module: nn.Module, cache: FourBitCache | None = None) -> LinearV
 
 
 @cache
-def _is(kind: type, parent: type) -> bool:
+def is_a(kind: type, parent: type) -> bool:
     """`issubclass`, remembered: PEFT's classes are abstract ones, which ask in Python."""
     return issubclass(kind, parent)
 
@@ -107,22 +107,24 @@ def _is(kind: type, parent: type) -> bool:
 def _own(module: nn.Module, name: str, *otherwise: Any) -> Any:
     """`getattr` for parameters and submodules: hundreds a step, for which nn.Module's own way is ten times as long."""
     inside = module.__dict__
-    if not _answers(type(module), name):
+    if not answers(type(module), name):
         for kind in ("_parameters", "_modules"):
             if name in inside[kind]:
                 return inside[kind][name]
+        if otherwise and name not in inside:
+            return otherwise[0]  # nn.Module would raise, and format what it says
     return getattr(module, name, *otherwise)
 
 
 @cache
-def _answers(kind: type, name: str) -> bool:
+def answers(kind: type, name: str) -> bool:
     """Whether a class has a property of that name, such as the weight of `homes.Streamed`, which fetches it."""
     return hasattr(kind, name)
 
 
 def active_module(module: nn.Module) -> nn.Module:
     """The module itself, or the one that runs where PEFT trains a copy (`modules_to_save`)."""
-    return saved_module(module) if _is(type(module), ModulesToSaveWrapper) else module
+    return saved_module(module) if is_a(type(module), ModulesToSaveWrapper) else module
 
 
 def plain_module(module: nn.Module) -> nn.Module:
@@ -132,7 +134,7 @@ def plain_module(module: nn.Module) -> nn.Module:
         Refusal: an adapter does.
     """
     module = active_module(module)
-    if _is(type(module), BaseTunerLayer):
+    if is_a(type(module), BaseTunerLayer):
         raise Refusal("adapter-kind", f"an adapter of kind {type(module).__name__}")
     return module
 

@@ -55,6 +55,7 @@ class LinearGroup:
         self.views = tuple(views)
         self.dtype = dtype
         self.device = device
+        self._tensors = [tensor for view in self.views for tensor in view.tensors()]
         sizes = [view.shape[0] for view in self.views]
         ranks = [0 if view.lora is None else view.lora.rank for view in self.views]
         self.k = self.views[0].shape[1]
@@ -81,7 +82,7 @@ class LinearGroup:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor that autograd may ask a gradient for."""
-        return [tensor for view in self.views for tensor in view.tensors()]
+        return self._tensors
 
     @property
     def _adapters_train(self) -> bool:

@@ -14,7 +14,7 @@ import triton.language as tl
 from hotloop_core.kernels import FourBitWeight
 from torch import Tensor
 
-from hotloop_engine.ops.kernel import Resolved, launch, resolve
+from hotloop_engine.ops.kernel import NOTHING, Resolved, launch, resolve
 from hotloop_engine.ops.nf4.kernel import WORDS, dequantize_tile
 
 from . import reference
@@ -90,8 +90,8 @@ def _edges(
 @triton.jit
 def _fill(
     n_total, k_total, columns, bias_column, n1, n2, c1, c2, r0, r1, r2,
-    scale0, scale1, scale2, b_programs, a_blocks,
-    out_b, out_a, b_pitch, a_pitch, b0, b1, b2, a0, a1, a2, bias0, bias1, bias2,
+    scale0, scale1, scale2, b_programs, a_blocks, b0, b1, b2, a0, a1, a2, bias0, bias1, bias2,
+    out_b, out_a, b_pitch, a_pitch,
     ROWS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     _edges(
@@ -118,8 +118,8 @@ def _extend(
     packed0, packed1, packed2, absmax0, absmax1, absmax2, outer0, outer1, outer2,
     offset0, offset1, offset2, code, nested_code, tiles0, tiles1, tiles2,
     n_total, k_total, columns, bias_column, n1, n2, c1, c2, r0, r1, r2,
-    scale0, scale1, scale2, b_programs, a_blocks,
-    out_e, out_b, out_a, pitch, b0, b1, b2, a0, a1, a2, bias0, bias1, bias2,
+    scale0, scale1, scale2, b_programs, a_blocks, b0, b1, b2, a0, a1, a2, bias0, bias1, bias2,
+    out_e, pitch,
     K: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, WORDS: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -141,14 +141,47 @@ def _extend(
         )  # fmt: skip
     else:
         _edges(
-            program - tiles0 - tiles1 - tiles2, out_b, out_a, pitch, pitch, K, columns, bias_column,
+            program - tiles0 - tiles1 - tiles2, out_e + K, out_e + n_total.to(tl.int64) * pitch, pitch, pitch,
+            K, columns, bias_column,
             (b0, b1, b2), (a0, a1, a2), (bias0, bias1, bias2), (0, n1, n2, n_total), (0, c1, c2),
             (r0, r1, r2), (scale0, scale1, scale2), b_programs, a_blocks, ROWS, PADDED, COLUMNS, WIDTH,
         )  # fmt: skip
 
 
+class _Launch:
+    """One of the kernels for one group, with all arguments but the last few looked up once for all steps."""
+
+    def __init__(
+        self,
+        kernel: object,
+        programs: int,
+        first: tuple[object, ...],
+        adapters: tuple[Tensor | None, ...],
+        constants: dict[str, object],
+    ) -> None:
+        self._kernel, self._programs, self._constants = kernel, programs, constants
+        self._arguments = (*first, *adapters)
+        self._movable = [t for t in adapters if t is not None]
+        self._addresses: list[int] = []
+        self._resolved = NOTHING
+
+    def __call__(self, *last: object) -> None:
+        addresses = list(map(Tensor.data_ptr, self._movable))
+        if addresses != self._addresses:  # somebody gave a parameter other memory (`.data = ...`)
+            self._addresses, self._resolved = addresses, resolve(self._arguments)
+        launch(
+            self._kernel,
+            self._programs,
+            last,
+            self._constants,
+            before=self._resolved,
+            num_warps=4,
+            enable_fp_fusion=False,  # rounded as bitsandbytes rounds its absmax, and the reference s·A
+        )
+
+
 class _Prepared:
-    """The arguments that describe a group's adapters and 4-bit weights; they stay the same from step to step.
+    """The launches for a group: `fill` of the adapters alone, `extend` of all of E; None where the kernel cannot.
 
     A projection that is not there has no rows and no ranks; any pointer stands for what is never read.
     """
@@ -156,34 +189,22 @@ class _Prepared:
     def __init__(self, group: LinearGroup) -> None:
         views, loras = group.views, [view.lora for view in group.views]
         missing = MOST - len(views)
-        self.fits = (
-            missing >= 0
-            and group.dtype != torch.float64  # the kernels multiply s and A in fp32
-            and all(
-                lora is None or (lora.a_RK.is_contiguous() and lora.b_NR.is_contiguous())
-                for lora in loras
-            )
+        self.fill = self.extend = None
+        plain = all(
+            lora is None or (lora.a_RK.is_contiguous() and lora.b_NR.is_contiguous())
+            for lora in loras
         )
-        if not self.fits:
-            self.four_bit = None
+        if missing < 0 or not plain or group.dtype == torch.float64:  # they multiply s and A in fp32
             return
         firsts = [r.start for r in group.rows] + [group.n] * missing
         starts = [r.start for r in group.ranks] + [group.columns] * missing
         any_tensor = next(t for t in (*group.tensors(), *_packed(group)) if t is not None)
         padded = triton.next_power_of_2(max(1, group.columns))
-        self.constants: dict[str, object] = {
+        constants: dict[str, object] = {
             "ROWS": ROWS, "PADDED": padded, "COLUMNS": min(COLUMNS, padded), "WIDTH": WIDTH,
         }  # fmt: skip
         b_programs, a_blocks = triton.cdiv(group.n, ROWS), triton.cdiv(group.k, WIDTH)
-        self.programs = b_programs + group.columns * a_blocks
-        self.adapters = (
-            *[any_tensor if lora is None else lora.b_NR for lora in loras],
-            *[any_tensor] * missing,
-            *[any_tensor if lora is None else lora.a_RK for lora in loras],
-            *[any_tensor] * missing,
-            *[view.bias for view in views],
-            *[None] * missing,
-        )
+        programs = b_programs + group.columns * a_blocks
         sizes = (
             group.n,
             group.k,
@@ -200,13 +221,31 @@ class _Prepared:
             b_programs,
             a_blocks,
         )
-        self.sizes = resolve(sizes)
-        self.four_bit = _four_bit(group, sizes, self.constants)
+        adapters = (
+            *[any_tensor if lora is None else lora.b_NR for lora in loras],
+            *[any_tensor] * missing,
+            *[any_tensor if lora is None else lora.a_RK for lora in loras],
+            *[any_tensor] * missing,
+            *[view.bias for view in views],
+            *[None] * missing,
+        )
+        self.fill = _Launch(_fill, programs, sizes, adapters, constants)
+        weights = _four_bit(group)
+        if weights is not None and group.columns:
+            self.extend = _Launch(
+                _extend,
+                weights.tiles + programs,
+                (*weights.arguments, *sizes),
+                adapters,
+                {**weights.constants, **constants},
+            )
 
 
 class _FourBit(NamedTuple):
+    """tiles: programs for the weights. arguments, constants: the kernel's first ones."""
+
     tiles: int
-    first: Resolved
+    arguments: tuple[object, ...]
     constants: dict[str, object]
 
 
@@ -214,10 +253,8 @@ def _packed(group: LinearGroup) -> list[Tensor]:
     return [view.weight.packed for view in group.views if isinstance(view.weight, FourBitWeight)]
 
 
-def _four_bit(
-    group: LinearGroup, adapter_sizes: tuple[object, ...], edges: dict[str, object]
-) -> _FourBit | None:
-    """What `_extend` needs of the weights, before the adapters' sizes; and its constants, before theirs.
+def _four_bit(group: LinearGroup) -> _FourBit | None:
+    """What `_extend` needs of the weights.
 
     None where they are not 4-bit, not alike or not whole words, or where N * K passes the kernel's 32 bits.
     """
@@ -251,7 +288,6 @@ def _four_bit(
         code,
         first.nested_code if nested else code,
         *tiles,
-        *adapter_sizes,
     )
     constants: dict[str, object] = {
         "K": group.k,
@@ -259,9 +295,8 @@ def _four_bit(
         "NESTED": nested,
         "NESTED_BLOCKSIZE": first.nested_blocksize,
         "WORDS": WORDS,
-        **edges,
     }
-    return _FourBit(sum(tiles), resolve(arguments), constants)
+    return _FourBit(sum(tiles), arguments, constants)
 
 
 def _prepared(group: LinearGroup) -> _Prepared:
@@ -272,19 +307,11 @@ def _prepared(group: LinearGroup) -> _Prepared:
 
 def fill_columns(group: LinearGroup, b_NC: Tensor, a_CK: Tensor) -> None:
     """As `reference.fill_columns`; adapters of up to three projections, contiguous, in one launch."""
-    prepared = _prepared(group)
-    if not prepared.fits:
+    fill = _prepared(group).fill
+    if fill is None:
         reference.fill_columns(group, b_NC, a_CK)
-        return
-    launch(
-        _fill,
-        prepared.programs,
-        (b_NC, a_CK, b_NC.stride(0), a_CK.stride(0), *prepared.adapters),
-        prepared.constants,
-        before=prepared.sizes,
-        num_warps=4,
-        enable_fp_fusion=False,  # s·A is rounded as the reference rounds it
-    )
+    else:
+        fill(b_NC, a_CK, b_NC.stride(0), a_CK.stride(0))
 
 
 def extend(group: LinearGroup, e: Tensor) -> bool:
@@ -292,17 +319,8 @@ def extend(group: LinearGroup, e: Tensor) -> bool:
 
     e: [N + C, K + C] with C > 0. The weights must share their kind and block sizes, K must be a multiple of 8.
     """
-    prepared = _prepared(group)
-    if prepared.four_bit is None or not group.columns:
+    from_weights = _prepared(group).extend
+    if from_weights is None:
         return False
-    tiles, weights, constants = prepared.four_bit
-    launch(
-        _extend,
-        tiles + prepared.programs,
-        (e, e[:, group.k :], e[group.n :], e.stride(0), *prepared.adapters),
-        constants,
-        before=weights,
-        num_warps=4,
-        enable_fp_fusion=False,  # bitsandbytes rounds the nested product before it adds the offset
-    )
+    from_weights(e, e.stride(0))
     return True

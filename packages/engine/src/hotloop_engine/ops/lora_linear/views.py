@@ -50,10 +50,11 @@ class LinearView:
         return isinstance(self.weight, Tensor) and self.weight.requires_grad
 
     def identity(self) -> tuple[object, ...]:
-        """Equal for two views exactly where they hold the same tensors and numbers."""
+        """Equal for two views exactly where they hold the same tensors, of the same dtypes, and numbers."""
         lora = self.lora
         parts = () if lora is None else (id(lora.a_RK), id(lora.b_NR), lora.scale, lora.dropout)
-        return (id(self.weight), id(self.bias), *parts)
+        dtypes = (tensor.dtype for tensor in self.tensors())  # `.to()` keeps a parameter's identity
+        return (id(self.weight), id(self.bias), *parts, *dtypes)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of this projection that autograd may ask a gradient for."""
