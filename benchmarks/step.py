@@ -25,6 +25,7 @@ import gc
 import importlib
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,6 +230,18 @@ def cap(vram: float) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, vram * GIB / total))
 
 
+def of_plan(model: Any) -> dict[str, Any]:
+    """What a row says of a wired model's plan beside the options; nothing for others."""
+    if "hotloop" not in sys.modules:
+        return {}
+    from hotloop.wiring import receipt_of
+
+    receipt = receipt_of(model)
+    plan = None if receipt is None else receipt.plan
+    ready = 0 if plan is None else sum(layer.dequantised for layer in plan.layers)
+    return {"dequantised": ready} if ready else {}
+
+
 def run(wanted: Wanted, settings: list[tuple[int, int]], *, warmup: int, steps: int) -> None:
     """Prints the lines of one framework; stops at the first setting that does not fit."""
     if wanted.framework == "unsloth":
@@ -259,6 +272,7 @@ def run(wanted: Wanted, settings: list[tuple[int, int]], *, warmup: int, steps: 
         except torch.OutOfMemoryError:
             print(json.dumps(row | {"oom": True} | peaks()), flush=True)
             return
+        row |= of_plan(training.model)
         seconds = sorted(s for s, _, _ in found[warmup:])[steps // 2]
         row |= {"tok_s": round(batch * length / seconds), "step_s": round(seconds, 4)}
         row["loss"] = [round(loss, 4) for _, loss, _ in found[:4]]

@@ -197,7 +197,7 @@ def settings() -> dict[str, Row]:
     """
     last: dict[str, Row] = {}
     for row in rows():
-        known = "placements" in row or (not row.get("ckpt", True) and not row.get("vram"))
+        known = "placements" in row or not row.get("ckpt", True)
         if row.get("model") not in SHAPES or not known or "step_s" not in row:
             continue
         how = {"keep": "all kept", None: "planned"}.get(row.get("placements", "keep"), "chosen")
@@ -221,6 +221,7 @@ def as_it_ran(row: Row) -> Plan:
     common |= {"placements": row.get("placements", "keep"), "longest": row["seq"]}
     common |= {"vram": f"{row['vram']}GiB" if row.get("vram") else FREE[_card(row)]}
     common |= {"optimizer": "paged_adamw_8bit"} if row["date"] < ONE_LAUNCH else {}
+    common |= {"dequantised": bool(row.get("dequantised"))}
     shape, homes = SHAPES[row["model"]], None
     now = space.SLACK_BYTES, space.SLACK_PERCENT
     size, percent = ALLOWANCES.get(row["run"], now)

@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hotloop.planner import (
@@ -52,7 +53,39 @@ def test_weights_are_what_an_8b_model_measures_after_loading():
 
 
 def test_the_fastest_plan_without_a_bound_keeps_everything():
-    assert h100(vram="1000GiB").layers == (KEEP_ALL,) * 32
+    assert h100(vram="1000GiB", dequantised=False).layers == (KEEP_ALL,) * 32
+    assert h100(vram="1000GiB").layers == (replace(KEEP_ALL, dequantised=True),) * 32
+
+
+def test_what_a_named_budget_leaves_goes_to_weights_that_stay_dequantised():
+    plain = h100(vram="20GiB", dequantised=False)
+    spent = h100(vram="20GiB")
+    ready = sum(layer.dequantised for layer in spent.layers)
+    each = spent.memory["weights that stay dequantised"] // ready
+    assert 0 < ready < 32
+    assert plain.budget - each < spent.peak_bytes <= spent.budget
+    assert [replace(layer, dequantised=False) for layer in spent.layers] == list(plain.layers)
+    # 2 bytes an element, K + 64 and N + 64 of q k v, o, gate up, down.
+    sizes = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+    assert each == sum(2 * (n + 64) * (k + 64) for n, k in sizes)
+    spared = plain.step_ms["copies of weights"] - spent.step_ms["copies of weights"]
+    assert spared == pytest.approx(plain.step_ms["copies of weights"] * ready / 32)
+    assert f"weights of {ready} of 32 layers stay dequantised" in str(spent)
+
+
+def test_memory_that_nobody_named_stays_free():
+    assert not any(layer.dequantised for layer in h100().layers)
+    assert all(layer.dequantised for layer in h100(dequantised=True).layers)
+
+
+def test_weights_that_stream_or_train_or_have_16_bits_are_not_dequantised():
+    for options in (
+        {"vram": "4GiB"},
+        {"bits": 16},
+        {"bits": 16, "full_finetuning": True, "lora": None},
+    ):
+        made = h100(**{"vram": "1000GiB", **options})
+        assert not any(layer.dequantised for layer in made.layers)
 
 
 def test_a_step_takes_what_the_measured_floor_takes():
@@ -258,7 +291,8 @@ def test_tied_weights_move_together():
 
 def test_more_rank_more_bits_and_more_training_need_more_memory():
     def peak(**options):
-        return plan(LLAMA_8B, tokens=2048, vram="1000GiB", **options).peak_bytes
+        made = plan(LLAMA_8B, tokens=2048, vram="1000GiB", dequantised=False, **options)
+        return made.peak_bytes
 
     assert peak(lora=None) < peak(lora=8) < peak(lora=64) < peak(lora=64, bits=16)
     assert peak(lora={"q": 8}) < peak(lora=8)

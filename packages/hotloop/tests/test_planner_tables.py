@@ -92,7 +92,7 @@ def test_the_command_prints_the_plan_and_two_tables(config):
     assert values["peak_bytes"] <= values["budget"] == 12 * GIB
     assert values["host_bytes"] <= 48 * GIB
     assert len(values["layers"]) == 32
-    assert {"placements", "streamed", "nf4_kv"} == values["layers"][0].keys()
+    assert {"placements", "streamed", "nf4_kv", "dequantised"} == values["layers"][0].keys()
     assert values["outlook"]["contexts"][-1]["tokens"] > 8192
     assert values["outlook"]["budgets"][0]["tokens_per_second"] > 0
 

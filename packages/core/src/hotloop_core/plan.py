@@ -107,11 +107,13 @@ class LayerPlan:
     x, the layer's input, can be recomputed only from the layers below, back to one that has its own.
     streamed: the frozen projections wait in host memory and travel to the device for each pass.
     nf4_kv: keys and values wait for backward in NF4. Lossy: gradients of q and k change; only on request.
+    dequantised: 4-bit projections are dequantised once and stay so from step to step, beside their 4-bit form.
     """
 
     placements: Mapping[str, Placement] = field(default_factory=dict[str, Placement])
     streamed: bool = False
     nf4_kv: bool = False
+    dequantised: bool = False
 
     def placement(self, name: str) -> Placement:
         """Where the tensor `name` waits."""
@@ -225,11 +227,11 @@ class Plan:
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
     def _layer_lines(self) -> list[str]:
-        """One line for each run of layers that differ in streamed weights and in x alone."""
+        """One line for each run of layers that differ in their weights' form and place and in x alone."""
         lines: list[str] = []
         first = 0
         for _, group in groupby(self.layers, key=_but_for_x):
-            members = [replace(layer, streamed=False) for layer in group]
+            members = [replace(layer, streamed=False, dequantised=False) for layer in group]
             last = first + len(members) - 1
             which = f"layer {first}" if first == last else f"layers {first} to {last}"
             what = str(members[0])
@@ -250,6 +252,10 @@ class Plan:
             if there
         ]
         lines = [f"weights of {streamed} of {len(self.layers)} layers streamed"] if streamed else []
+        ready = sum(layer.dequantised for layer in self.layers)
+        lines += (
+            [f"weights of {ready} of {len(self.layers)} layers stay dequantised"] if ready else []
+        )
         lines += [f"{' and '.join(homes)} on the host"] if homes else []
         return lines + ([f"{self.tile:,} tokens at once but in attention"] if self.tile else [])
 

@@ -150,6 +150,23 @@ class FamilyConformance(DescriptionConformance, kit=True):
                 receipt.replan(_plan(model, layer))
                 assert_same_bits(gradients(model, inputs), kept)
 
+    def test_4_bit_weights_that_stay_dequantised_change_no_bit(self) -> None:
+        model = with_lora(quantise_(build(self.tiny_config(), seed=0), self.spec), self.spec)
+        inputs = batch("packed", model.config.vocab_size)
+        receipt = self._wire(model)
+        for _ in range(2):  # the second time with other adapters over the same weights
+            plain = gradients(model, inputs)
+            receipt.replan(_plan(model, LayerPlan(dequantised=True)))
+            for _ in range(2):
+                assert_same_bits(gradients(model, inputs), plain)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.mul_(1.5)
+            stepped = gradients(model, inputs)
+            receipt.replan(_plan(model, KEEP_ALL))
+            assert_same_bits(stepped, gradients(model, inputs))
+
     def test_tiles_change_nothing_but_the_rounding(self) -> None:
         model = self._model(lora=True)
         inputs = batch("packed", model.config.vocab_size)

@@ -165,6 +165,11 @@ class Job:
         return max(self.extended(role) for role in self.facts.own[part].projections)
 
     @cached_property
+    def layer_dequantised(self) -> int:
+        """Bytes of one layer's projections as the GEMMs read them, adapters beside them; 0 where none is 4-bit."""
+        return sum(map(self.extended, self.groups)) if self.bits == 4 else 0
+
+    @cached_property
     def layer_weights(self) -> int:
         """Bytes of one layer's frozen projections."""
         per_weight = NF4_BYTES if self.bits == 4 else self.width

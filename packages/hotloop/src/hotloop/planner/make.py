@@ -38,6 +38,7 @@ def plan(
     family: str | None = None,
     homes: Plan | None = None,
     nf4_kv: bool = False,
+    dequantised: bool | None = None,
 ) -> Plan:
     """The fastest plan that fits, without any effect.
 
@@ -66,6 +67,8 @@ def plan(
         homes: a plan whose homes of weights stay; only the rest is planned anew.
         nf4_kv: keys and values that are kept or offloaded wait for backward in NF4. Lossy; the
             planner never chooses it.
+        dequantised: memory that the fastest plan leaves goes to 4-bit weights that are dequantised once and stay so,
+            layer by layer. Default: where `vram` is given; what is free otherwise stays so.
 
     Raises:
         BudgetError: nothing fits; names the least that would do.
@@ -183,6 +186,7 @@ def request_again(now: Plan) -> Request:
         placements=now.layers[0].placements if now.fixed else None,
         homes=now,
         nf4_kv=any(layer.nf4_kv for layer in now.layers),
+        dequantised=any(layer.dequantised for layer in now.layers),
     )
 
 

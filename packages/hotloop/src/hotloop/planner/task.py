@@ -17,6 +17,7 @@ from .gradients import unaccumulated
 from .host import HOST_SHARE, assumed_host_memory, host_limit
 from .job import OPTIMIZER_BYTES, Job
 from .kinds import Kind, chosen, recompute_all
+from .parts import step_parts
 from .read import ranks_of, read, whole
 from .refusal import enough, refusal
 from .search import fastest, homes_of, lean, least, spaces
@@ -55,6 +56,7 @@ class Request:
     family: str | None = None
     homes: Plan | None = None
     nf4_kv: bool = False
+    dequantised: bool | None = None
 
 
 WIDTHS = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -73,7 +75,8 @@ class Task:
 
     rates: of the card, or of the reference where it is unknown (`timed` is False then). budget, host:
     bytes. only: the one kind of layer that the caller chose. homes: where weights may live.
-    settled: the plan that says where they do, if they do already.
+    settled: the plan that says where they do, if they do already. dequantised: memory that is left goes to weights
+    that stay so.
     """
 
     job: Job
@@ -86,6 +89,7 @@ class Task:
     only: Kind | None
     homes: tuple[Homes, ...]
     settled: Plan | None = None
+    dequantised: bool = False
 
     @classmethod
     def of(cls, model_or_config: Source, request: Request) -> Task:
@@ -115,6 +119,9 @@ class Task:
             only=only,
             homes=tuple(homes),
             settled=request.homes,
+            dequantised=request.vram is not None
+            if request.dequantised is None
+            else request.dequantised,
         )
 
     def training_as(self, now: Plan) -> Task:
@@ -168,8 +175,14 @@ class Task:
     def describe(self, found: Found, notes: tuple[str, ...] = ()) -> Plan:
         """A plan of the search as the engine reads it."""
         held, space = found.bytes(), found.space
+        ready = self._stay_dequantised(found)
         memory = {
             "weights": held.weights,
+            **(
+                {"weights that stay dequantised": ready * self.job.layer_dequantised}
+                if ready
+                else {}
+            ),
             **({"room for streamed weights": held.slots} if held.slots else {}),
             _trained(self.job): self.job.trained,
             "activations kept for backward": held.kept,
@@ -189,6 +202,10 @@ class Task:
                 replace(layer, streamed=old.streamed)
                 for layer, old in zip(layers, there, strict=True)
             )
+        layers = tuple(
+            replace(layer, dequantised=not layer.streamed and i < ready)
+            for i, layer in enumerate(layers)
+        )
         if self.job.nf4_kv:
             layers = tuple(
                 replace(layer, nf4_kv=layer.placement("qkv") is not Placement.RECOMPUTE)
@@ -199,7 +216,7 @@ class Task:
             tokens=self.job.tokens,
             longest=self.job.longest,
             memory={name: int(size) for name, size in memory.items()},
-            step_ms=step_parts(found) if self.timed else {},
+            step_ms=step_parts(found, ready) if self.timed else {},
             budget=self.budget,
             card=self.card,
             notes=notes,
@@ -210,6 +227,18 @@ class Task:
             host_memory={name: int(size) for name, size in host.items() if size},
             unaccumulated=unaccumulated(found),
         )
+
+    def _stay_dequantised(self, found: Found) -> int:
+        """How many layers can keep their weights dequantised in what is left of the budget, if they may.
+
+        After the search, not in it: a GiB of them spares less than a millisecond, of activations that need not be
+        computed again more, of weights that need not be streamed much more. With streamed weights none is left.
+        """
+        size, layers = self.job.layer_dequantised, found.space.layers
+        if not self.dequantised or found.streamed or not size:
+            return 0
+        left = self.bounds.device - found.space.peak(found.bytes())
+        return int(min(layers * size, max(0, left)) // size)
 
     def _notes(self, found: Found) -> tuple[str, ...]:
         notes: list[str] = []
@@ -247,24 +276,6 @@ class Task:
         if self.timed and not self.rates.bf16:
             notes.append(f"{self.card} has no bf16 in hardware: train in fp16")
         return tuple(notes)
-
-
-def step_parts(found: Found) -> dict[str, float]:
-    """Milliseconds of a step by part; what is hidden behind another part is not counted."""
-    space = found.space
-    times, runs = space.times, found.passes()
-    layers = space.layers
-    parts = {name: layers * (times.forward[name] + times.backward[name]) for name in times.forward}
-    device = float(sum(run.device for run in runs))
-    moved = sum(float(b) for b in (found.bytes().away, found.bytes().host_weights))
-    parts["traffic to and from the host"] = 2 * moved * times.copy
-    parts["recomputation"] = device - sum(parts.values())
-    bound = sum(float(max(run.device, run.launches)) for run in runs)
-    parts["waiting for kernel launches"] = bound - device
-    parts["waiting for the host link"] = float(sum(run.total for run in runs)) - bound
-    parts |= times.outside
-    parts["embedding from the host"] = times.embedding * space.homes.embedding
-    return {name: ms for name, ms in parts.items() if ms > 1e-6}
 
 
 def _job(model_or_config: Source, request: Request) -> Job:

@@ -40,7 +40,7 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 class Builder:
-    """One layer at one call, with its modules as a guard has them. What did not change since the last call is reused."""
+    """One layer at one call, with its modules as a guard has them. What did not change since the last is reused."""
 
     def __init__(
         self, state: LayerState, guard: Guard, hidden: Tensor, kwargs: Mapping[str, Any]
@@ -177,14 +177,16 @@ class Builder:
     def _group(self, name: str, *views: LinearView) -> LinearGroup:
         """The projections as one group."""
         context = self._context
-        return self._once(
+        group: LinearGroup = self._once(
             name,
             (context, *views),
             lambda: LinearGroup(views, context.dtype, context.device),
         )
+        group.operand.keep(self._state.shared.plan.layers[self._state.index].dequantised)
+        return group
 
     def _once(self, name: str, key: tuple[object, ...], make: Callable[[], Any]) -> Any:
-        """What the call before made under this name, if `key` is equal; objects in it are equal if they are the same."""
+        """What the call before made under this name, if `key` is equal; objects in it are if they are the same."""
         known = self._state.made.get(name)
         if known is None or known[0] != key:
             known = self._state.made[name] = (key, make())

@@ -13,6 +13,7 @@ from hotloop_core import Attention, CustomBlock, LayerSpec, ModelFacts, Plan
 from hotloop_core.errors import UnsupportedError
 from hotloop_engine.attention import Sequences
 from hotloop_engine.blocks import Surroundings, run_blocks
+from hotloop_engine.ops.lora_linear import LinearGroup
 from torch import Tensor, nn
 
 from .build import Builder
@@ -125,6 +126,13 @@ class LayerState:
     def __post_init__(self) -> None:
         self.paths = module_paths(self.spec)
 
+    def give_room(self) -> None:
+        """Drops weights that stay dequantised: a cache comes, and the model's own path does not read them."""
+        if self.shared.plan.layers[self.index].dequantised:
+            for _, made in self.made.values():
+                if isinstance(made, LinearGroup):
+                    made.operand.keep(False)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "guard": None, "made": {}}
 
@@ -163,6 +171,7 @@ def forward(
     if args:
         kwargs = {**_names(own_forward, hidden_states, args), **kwargs}
     if _needs_own_path(layer, state, kwargs):
+        state.give_room()
         return _run_own(own_forward, hidden_states, kwargs)
     waiting = state.shared.waiting
     fetch = waiting.fetch(state.index)

@@ -69,7 +69,9 @@ class Projection:
         """
         own: Any = base.__dict__["_parameters"]
         weight = own.get("weight")
-        if weight is None or answers(type(base), "weight"):  # a replica's; one that streams from the host
+        if weight is None or answers(
+            type(base), "weight"
+        ):  # a replica's; one that streams from the host
             return None
         if "quant_state" in weight.__dict__:
             weight = self._cache.view(weight)

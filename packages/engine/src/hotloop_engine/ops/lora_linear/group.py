@@ -17,7 +17,6 @@ columns that a thin GEMM would touch again, else it is used in place with thin G
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -30,10 +29,12 @@ from hotloop_engine.ops._select import implementation
 from hotloop_engine.ops.dropout import dropout
 
 from .one_by_one import one_by_one
+from .operand import Operand
 from .sink import add_gradient
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from .sink import GradientSink
     from .views import LinearView
@@ -74,7 +75,7 @@ class LinearGroup:
         self.sums = not self.drops and implementation("adapter_gradients", device).fits(self)
         """Whether the adapters' gradients come from sums over tokens that whoever makes x or dy may make."""
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
-        self._held: list[Tensor] | None = None
+        self.operand = Operand(self)
         self.prepared: object = None  # what an implementation keeps of this group between launches
         self._cast = any(
             isinstance(view.weight, Tensor) and view.weight.dtype != dtype for view in self.views
@@ -108,38 +109,13 @@ class LinearGroup:
 
     def extend(self, tokens: int, *, backward: bool = False) -> Tensor | None:
         """E [N + C, K + C], or None where the weights are used in place."""
-        if self._held:
-            return self._held[0]
-        if not self.extends(tokens, backward=backward):
-            return None
-        e = self._extend()
-        if self._held is not None:
-            self._held.append(e)
-        return e
+        if (held := self.operand.at_hand) is not None:
+            return held
+        return self.operand.make() if self.extends(tokens, backward=backward) else None
 
-    def _extend(self) -> Tensor:
-        e = torch.empty(
-            self.n + self.columns, self.k + self.columns, dtype=self.dtype, device=self.device
-        )
-        if implementation("lora_linear", self.device).extend(self, e):
-            return e
-        for view, rows in zip(self.views, self.rows, strict=True):
-            target = e[rows, : self.k]
-            if isinstance(view.weight, FourBitWeight):
-                implementation("nf4", self.device).forward(view.weight, out=target)
-            else:
-                target.copy_(view.weight)
-        self._fill(e[: self.n, self.k :], e[self.n :, : self.k])
-        return e
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Within, E is built once: for several passes over parts of the tokens."""
-        self._held = []
-        try:
-            yield
-        finally:
-            self._held = None
+    def held(self) -> AbstractContextManager[None]:
+        """Within, E is made once: for several passes over parts of the tokens."""
+        return self.operand.held()
 
     @property
     def _much_wider(self) -> bool:
@@ -378,10 +354,11 @@ class LinearGroup:
             return e[: self.n, self.k :], e[self.n :, : self.k]
         b_NC = torch.empty(self.n, self.columns, dtype=self.dtype, device=self.device)
         a_CK = torch.empty(self.columns, self.k, dtype=self.dtype, device=self.device)
-        self._fill(b_NC, a_CK)
+        self.fill(b_NC, a_CK)
         return b_NC, a_CK
 
-    def _fill(self, b_NC: Tensor, a_CK: Tensor) -> None:
+    def fill(self, b_NC: Tensor, a_CK: Tensor) -> None:
+        """Writes B and s·A of all projections, and the biases, to where they lie in E."""
         if self.columns:
             implementation("lora_linear", self.device).fill_columns(self, b_NC, a_CK)
 

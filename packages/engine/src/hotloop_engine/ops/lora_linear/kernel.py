@@ -14,7 +14,7 @@ import triton.language as tl
 from hotloop_core.kernels import FourBitWeight
 from torch import Tensor
 
-from hotloop_engine.ops.kernel import NOTHING, Resolved, launch, resolve
+from hotloop_engine.ops.kernel import NOTHING, launch, resolve
 from hotloop_engine.ops.nf4.kernel import WORDS, dequantize_tile
 
 from . import reference
@@ -194,7 +194,9 @@ class _Prepared:
             lora is None or (lora.a_RK.is_contiguous() and lora.b_NR.is_contiguous())
             for lora in loras
         )
-        if missing < 0 or not plain or group.dtype == torch.float64:  # they multiply s and A in fp32
+        if (
+            missing < 0 or not plain or group.dtype == torch.float64
+        ):  # they multiply s and A in fp32
             return
         firsts = [r.start for r in group.rows] + [group.n] * missing
         starts = [r.start for r in group.ranks] + [group.columns] * missing
