@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hotloop_engine.ops._select import implementation
+from hotloop_engine.ops.adapter_gradients.reference import ColumnScale
 from hotloop_engine.ops.lora_linear import LinearGroup, LinearView, Lora
 from hotloop_testkit.numerics import assert_no_worse_than, poisoned_buffers
 
@@ -73,7 +74,7 @@ def test_a_groups_gradients_are_cut_out_of_the_sums(dtype, sizes, ranks, scaled)
     tokens = 300
     dy, t = random(tokens, group.n, dtype=dtype), random(tokens, group.rank, dtype=dtype)
     x, dt = random(tokens, group.k, dtype=dtype), random(tokens, group.rank, dtype=dtype)
-    scale = torch.rand(group.k, device=DEVICE) if scaled else None
+    scale = ColumnScale(torch.rand(group.k, device=DEVICE).to(dtype), 1.0) if scaled else None
     op, plain = triton("adapter_gradients"), reference("adapter_gradients")
     assert op.fits(group)
     with poisoned_buffers():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from hotloop_core.errors import ConfigError, NoImplementationError
@@ -27,7 +27,7 @@ def choose(request: Request, device: torch.device, force: str | None = None) -> 
             raise ConfigError(
                 f"no attention backend {force!r}; expected one of {', '.join(by_name)}."
             )
-        require(by_name[force], replace(request, fresh=False), device)
+        require(by_name[force], request.in_any_shape, device)
         return by_name[force]
     reasons: list[str] = []
     for backend in BACKENDS:

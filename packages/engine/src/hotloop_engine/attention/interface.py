@@ -45,6 +45,11 @@ class Request:
     deterministic: bool = False
     fresh: bool = False
 
+    @functools.cached_property
+    def in_any_shape(self) -> Request:
+        """The same for a batch of a shape that is prepared for."""
+        return replace(self, fresh=False) if self.fresh else self
+
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ConfigError(
@@ -69,17 +74,22 @@ def request(
     deterministic: bool = False,
 ) -> Request:
     """The request that these tensors make. A window that no sequence outgrows is no window."""
-    return Request(
-        dtype=q_THK.dtype,
-        heads=q_THK.shape[1],
-        kv_heads=k_TGK.shape[1],
-        head_size=q_THK.shape[2],
-        packed=sequences.dense_shape is None or sequences.longest == 1,
-        window=None if window is None or window >= sequences.longest else window,
-        softcap=softcap,
-        deterministic=deterministic,
-        fresh=sequences.fresh,
-    )
+    _, heads, head_size = q_THK.shape
+    key = (q_THK.dtype, heads, k_TGK.shape[1], head_size, window, softcap, deterministic)
+    known = sequences.requests.get(key)
+    if not isinstance(known, Request):
+        sequences.requests[key] = known = Request(
+            dtype=q_THK.dtype,
+            heads=heads,
+            kv_heads=k_TGK.shape[1],
+            head_size=head_size,
+            packed=sequences.dense_shape is None or sequences.longest == 1,
+            window=None if window is None or window >= sequences.longest else window,
+            softcap=softcap,
+            deterministic=deterministic,
+            fresh=sequences.fresh,
+        )
+    return known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,8 +269,8 @@ class Backend(ABC):
             given.q_THK, given.k_TGK, given.sequences,
             window=given.window, softcap=given.softcap, deterministic=given.deterministic,
         )  # fmt: skip
-        require(self, replace(asked, fresh=False), given.q_THK.device)
-        return replace(given, window=asked.window)
+        require(self, asked.in_any_shape, given.q_THK.device)
+        return given if given.window == asked.window else replace(given, window=asked.window)
 
     @abstractmethod
     def _forward(self, inputs: Inputs, out: Tensor | None) -> tuple[Tensor, Tensor]:

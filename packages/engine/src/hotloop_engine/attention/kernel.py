@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hotloop_engine.ops.kernel import FUSED, INTERPRETED
+from hotloop_engine.ops.kernel import FUSED, INTERPRETED, cdiv, power_of_2
 
 from .interface import unit_stride
 
@@ -390,7 +390,7 @@ def attention_backward(
     tokens, heads, head_size = q_THK.shape
     constants = _constants(inputs)
     delta_HT = torch.empty_like(lse_HT)
-    _delta[triton.cdiv(tokens, 64), heads](
+    _delta[cdiv(tokens, 64), heads](
         do_THK, o_THK, delta_HT, tokens, *_strides(do_THK, o_THK),
         K=constants["K"], K2=constants["K2"], M=64, **FUSED,
     )  # fmt: skip
@@ -424,7 +424,7 @@ def _constants(inputs: Inputs) -> dict[str, int | float | str]:
         "cap": cap or 1.0,
         "GROUP": heads // inputs.k_TGK.shape[1],
         "K": head_size,
-        "K2": max(16, triton.next_power_of_2(head_size)),
+        "K2": max(16, power_of_2(head_size)),
         "WINDOW": inputs.window or 0,
         "CAP": "" if cap is None else "exact" if exact else "quick",
         "STEPS": (inputs.sequences.count - 1).bit_length(),

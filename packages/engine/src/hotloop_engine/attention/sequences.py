@@ -52,6 +52,11 @@ class Sequences:
         shape = self.dense_shape
         return shape is not None and SHAPES.is_fresh(shape)
 
+    @cached_property
+    def requests(self) -> dict[tuple[object, ...], object]:
+        """What layers have asked of attention over this batch: most ask the same (see `request`)."""
+        return {}
+
     @property
     def device(self) -> torch.device:
         """The device of the batch."""

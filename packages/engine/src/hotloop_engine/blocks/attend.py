@@ -91,7 +91,7 @@ class Attend:
         return dq_THK, dk_TGK, dv_TGK
 
     def _groups(self, tokens: int) -> list[tuple[slice, slice]]:
-        """Query heads and key heads to take at once."""
+        """Query heads and key heads to take at once; one pair for all as a rule."""
         shape = self.shape
         each = shape.heads // shape.kv_heads
         step = key_heads_at_once(tokens, shape.heads, shape.kv_heads, shape.head_dim)

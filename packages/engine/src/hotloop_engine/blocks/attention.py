@@ -297,9 +297,13 @@ class AttentionBlock:
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views [T, heads, K] of q, k and v inside the wide buffer."""
-        size = self.shape.head_dim
-        parts = torch.split(qkv[:, : self.qkv.n], self._widths(), dim=1)
-        q, k, v = (part.unflatten(1, (-1, size)) for part in parts)
+        shape, tokens, first = self.shape, qkv.shape[0], qkv.storage_offset()
+        strides, size = (qkv.stride(0), shape.head_dim, 1), shape.head_dim
+        q_end = first + shape.heads * size
+        k_end = q_end + shape.kv_heads * size
+        q = qkv.as_strided((tokens, shape.heads, size), strides, first)
+        k = qkv.as_strided((tokens, shape.kv_heads, size), strides, q_end)
+        v = qkv.as_strided((tokens, shape.kv_heads, size), strides, k_end)
         return q, k, v
 
     def _widths(self) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hotloop_engine.ops._select import implementation
+from hotloop_engine.ops.adapter_gradients.reference import ColumnScale
 from hotloop_engine.ops.lora_linear import add_gradient
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ class Norm:
                 add_gradient(sink, parameter, gradient)
         return dx
 
-    def factors(self, x_TD: Tensor, statistics: tuple[Tensor, ...]) -> dict[str, Tensor] | None:
+    def factors(self, x_TD: Tensor, statistics: tuple[Tensor, ...]) -> dict[str, Any] | None:
         """Row and column factors with normed = rows · x · columns, or None where that does not hold or is not safe.
 
         In fp16 the product with a large x could leave the range; a layer norm also subtracts a mean.
@@ -151,7 +152,7 @@ class Norm:
             return None
         if view.weight is None:
             return {"row_scale": statistics[0]}
-        return {"row_scale": statistics[0], "column_scale": view.weight.float() + view.offset}
+        return {"row_scale": statistics[0], "column_scale": ColumnScale(view.weight, view.offset)}
 
 
 class NormedInput:

@@ -157,8 +157,9 @@ class Run:
                     self._leave(name, self.saved.pop(name), self.plan.placement(name))
             above = self.blocks[i + 1].input_name if i + 1 < len(self.blocks) else None
             output = above is not None and self.plan.placement(above) is Placement.RECOMPUTE
-            for name in block.again({**self.saved, **self._away}, output=output):
-                self.saved.pop(name, None)
+            if self.plan.placements:  # else everything is kept
+                for name in block.again({**self.saved, **self._away}, output=output):
+                    self.saved.pop(name, None)
         return x_TD
 
     def backward(self, dy_TD: Tensor, sink: GradientSink, need_dx: bool) -> Tensor | None:

@@ -7,7 +7,7 @@ sums of the shares are added in order by a second, small launch: no atomics, the
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import triton.language as tl
 from hotloop_engine.ops.kernel import launch, multiprocessors
 
 from . import reference
-from .reference import WIDEST
+from .reference import WIDEST, ColumnScale
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,11 +39,13 @@ LINES = 64  # of dA and dB, for a program that adds partial sums
 MOST = 3  # projections in a group
 
 
+@cache
 def padded(columns: int) -> int:
     """P for a number of columns: a power of two that the tensor cores take."""
     return max(16, 1 << (columns - 1).bit_length())
 
 
+@lru_cache(maxsize=1024)
 def shares(tokens: int, blocks: int, rows: int, device: torch.device) -> tuple[int, int]:
     """(number of shares, tokens in each, a multiple of `rows`) that give four programs a multiprocessor, at least 256
     tokens each.
@@ -124,6 +126,7 @@ def _gradients(
     scale1,
     scale2,
     b_blocks,
+    column_offset,
     SCALED: tl.constexpr,
     P: tl.constexpr,
     LINES: tl.constexpr,
@@ -150,7 +153,10 @@ def _gradients(
         for part in range(0, a_shares):
             total += tl.load(da + (part * k_total + k) * P + p, mask=k < k_total, other=0.0)
         if SCALED:
-            total *= tl.load(column_scale + k, mask=k < k_total, other=0.0)
+            total *= (
+                tl.load(column_scale + k, mask=k < k_total, other=0.0).to(tl.float32)
+                + column_offset
+            )
         total *= tl.where(p >= c2, scale2, tl.where(p >= c1, scale1, scale0))
         tl.store(out_a + p * k_total + k, total, mask=(k < k_total) & (p < c3))
 
@@ -208,53 +214,65 @@ def column_sums(a_TM: Tensor, b_TC: Tensor, *, row_scale_T: Tensor | None = None
     return out
 
 
-def gradients(
-    group: LinearGroup, db: Tensor, da: Tensor, column_scale_K: Tensor | None
-) -> list[tuple[Tensor, Tensor] | None]:
-    """As the reference, for a group that `fits`: one launch, the results side by side in one buffer."""
-    if not fits(group) or db.shape[2] != padded(group.rank) or da.shape[2] != db.shape[2]:
-        return reference.gradients(group, db, da, column_scale_K)
+class _Layout(NamedTuple):
+    """Where a group's gradients lie in one buffer: all dB one behind the other, then dA [R, K]. sizes: of each dB."""
+
+    sizes: list[int]
+    numbers: tuple[float, ...]
+    blocks: int
+
+
+def _layout(group: LinearGroup) -> _Layout:
+    known = group.prepared.get("adapter_gradients")
+    if isinstance(known, _Layout):
+        return known
     missing = MOST - len(group.views)
-    n1, n2 = [r.start for r in (*group.rows[1:], *[slice(group.n, 0)] * missing)]
-    c1, c2 = [r.start for r in (*group.ranks[1:], *[slice(group.rank, 0)] * missing)]
-    scales = [0.0 if view.lora is None else view.lora.scale for view in group.views] + [
-        0.0
-    ] * missing
+    rows = [r.start for r in (*group.rows[1:], *[slice(group.n, 0)] * missing)]
+    ranks = [r.start for r in (*group.ranks[1:], *[slice(group.rank, 0)] * missing)]
+    scales = [0.0 if view.lora is None else view.lora.scale for view in group.views]
     sizes = [
         (r.stop - r.start) * (c.stop - c.start)
         for r, c in zip(group.rows, group.ranks, strict=True)
     ]
-    out = torch.empty(sum(sizes) + group.rank * group.k, dtype=torch.float32, device=db.device)
-    out_b, out_a = out[: sum(sizes)], out[sum(sizes) :].view(group.rank, group.k)
     blocks = -(-group.n // LINES)
+    numbers = (*rows, *ranks, group.rank, *scales, *[0.0] * missing, blocks)
+    group.prepared["adapter_gradients"] = made = _Layout(sizes, numbers, blocks)
+    return made
+
+
+def gradients(
+    group: LinearGroup, db: Tensor, da: Tensor, column_scale: ColumnScale | None
+) -> list[tuple[Tensor, Tensor] | None]:
+    """As the reference, for a group that `fits`: one launch, the results side by side in one buffer."""
+    if not group.sums or db.shape[2] != padded(group.rank) or da.shape[2] != db.shape[2]:
+        return reference.gradients(group, db, da, column_scale)
+    layout, n, k, rank = _layout(group), group.n, group.k, group.rank
+    of_b = sum(layout.sizes)
+    out = torch.empty(of_b + rank * k, dtype=torch.float32, device=db.device)
+    *parts, out_a = torch.split_with_sizes(out, [*layout.sizes, rank * k])
     launch(
         _gradients,
-        blocks + -(-group.k // LINES),
+        layout.blocks + -(-k // LINES),
         (
             db,
             da,
-            da if column_scale_K is None else column_scale_K,
-            out_b,
+            da if column_scale is None else column_scale.weight_K,
+            out,
             out_a,
-            group.n,
-            group.k,
+            n,
+            k,
             db.shape[0],
             da.shape[0],
-            n1,
-            n2,
-            c1,
-            c2,
-            group.rank,
-            *scales,
-            blocks,
+            *layout.numbers,
+            0.0 if column_scale is None else column_scale.offset,
         ),
-        {"SCALED": column_scale_K is not None, "P": db.shape[2], "LINES": LINES},
+        {"SCALED": column_scale is not None, "P": db.shape[2], "LINES": LINES},
         num_warps=4,
     )
-    parts = out_b.split(sizes)
+    da_RK = out_a.view(rank, k)
     return [
         None
         if view.lora is None
-        else (out_a[ranks], part.view(rows.stop - rows.start, ranks.stop - ranks.start))
+        else (da_RK[ranks], part.view(rows.stop - rows.start, ranks.stop - ranks.start))
         for view, rows, ranks, part in zip(group.views, group.rows, group.ranks, parts, strict=True)
     ]

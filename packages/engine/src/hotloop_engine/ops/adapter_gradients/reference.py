@@ -5,18 +5,29 @@ A sum is held as [S, M, P] fp32: S partial sums over shares of the tokens, P at 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from hotloop_engine.ops.lora_linear import LinearGroup
 
 
 WIDEST = 64
 """Columns up to which the sums of a 128-column tile stay in a multiprocessor's registers."""
+
+
+class ColumnScale(NamedTuple):
+    """What a norm multiplies each column by: offset + weight [K]."""
+
+    weight_K: Tensor
+    offset: float
+
+    def values(self) -> Tensor:
+        """[K] in fp32 (fp64 for fp64)."""
+        weight = self.weight_K.detach()
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.offset
 
 
 def fits(group: LinearGroup) -> bool:
@@ -36,15 +47,15 @@ def column_sums(a_TM: Tensor, b_TC: Tensor, *, row_scale_T: Tensor | None = None
 
 
 def gradients(
-    group: LinearGroup, db: Tensor, da: Tensor, column_scale_K: Tensor | None
+    group: LinearGroup, db: Tensor, da: Tensor, column_scale: ColumnScale | None
 ) -> list[tuple[Tensor, Tensor] | None]:
     """Returns (dA [R, K], dB [N, R]) of each projection of the group, None where it has no adapter.
 
-    db: sums [S, N, P] of dy and t. da: sums [S, K, P] of the group's input (before `column_scale_K`) and dt.
+    db: sums [S, N, P] of dy and t. da: sums [S, K, P] of the group's input (before `column_scale`) and dt.
     """
     db_NC, da_KC = db.sum(0), da.sum(0)
-    if column_scale_K is not None:
-        da_KC = da_KC * column_scale_K[:, None]
+    if column_scale is not None:
+        da_KC = da_KC * column_scale.values()[:, None]
     return [
         None
         if view.lora is None

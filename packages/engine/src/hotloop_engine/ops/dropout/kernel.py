@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hotloop_engine.ops.kernel import FUSED, wide
+from hotloop_engine.ops.kernel import FUSED, cdiv, wide
 
 BLOCK = 1024  # four 16-bit values a lane with 8 warps; the draw, not the memory, is the cost
 
@@ -28,7 +28,7 @@ def forward(x: Tensor, *, p: float, seed: int) -> Tensor:
         x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
-        grid = (triton.cdiv(x.numel(), BLOCK),)
+        grid = (cdiv(x.numel(), BLOCK),)
         columns = x.shape[-1]
         _dropout[grid](x, out, columns, x.stride(-2), x.numel(), p, seed, BLOCK=BLOCK, **FUSED)
     return out

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from hotloop_engine.ops.kernel import launch, require_unit_last, sigmoid, wide
+from hotloop_engine.ops.kernel import cdiv, launch, require_unit_last, sigmoid, wide
 
 if TYPE_CHECKING:
     from hotloop_core.kernels import Activation
@@ -110,7 +110,7 @@ def forward(
     T, columns = gate_TI.shape
     h_TI = gate_TI.new_empty(T, columns) if out is None else out
     require_unit_last(gate=gate_TI, up=up_TI, out=h_TI)
-    blocks = triton.cdiv(columns, BLOCK)
+    blocks = cdiv(columns, BLOCK)
     if T * blocks:
         launch(
             _forward,
@@ -138,7 +138,7 @@ def backward_(dh_TI: Tensor, gate_TI: Tensor, up_TI: Tensor, *, activation: Acti
     """In place: gate becomes dh up act'(gate), up becomes dh act(gate), dh becomes act(gate) up."""
     T, columns = gate_TI.shape
     require_unit_last(dh=dh_TI, gate=gate_TI, up=up_TI)
-    blocks = triton.cdiv(columns, BLOCK)
+    blocks = cdiv(columns, BLOCK)
     if T * blocks:
         launch(
             _backward,

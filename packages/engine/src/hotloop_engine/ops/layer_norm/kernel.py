@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hotloop_engine.ops.kernel import FUSED, require_unit_last, row_tile, wide
+from hotloop_engine.ops.kernel import FUSED, cdiv, require_unit_last, row_tile, wide
 from hotloop_engine.ops.rms_norm.kernel import row_shares
 
 FORWARD_ELEMENTS = 32  # of one tensor in a thread: four 16-byte loads of bf16 in flight
@@ -146,7 +146,7 @@ def forward(
         s_TD = x_TD.new_empty(T, D) if sum_out is None else sum_out
     require_unit_last(x=x_TD, w=w_D, b=b_D, residual=residual_TD, sum_out=s_TD, out=y_TD)
     if x_TD.numel():
-        _forward[(triton.cdiv(T, tile.rows),)](
+        _forward[(cdiv(T, tile.rows),)](
             x_TD,
             w_D,
             b_D,

@@ -17,7 +17,7 @@ import triton.language as tl
 from hotloop_core.errors import UnsupportedError
 from hotloop_core.kernels import RowStatistics
 
-from hotloop_engine.ops.kernel import FUSED, exp, reciprocal
+from hotloop_engine.ops.kernel import FUSED, cdiv, exp, reciprocal
 
 if TYPE_CHECKING:
     from hotloop_core.kernels import HeadLossOptions
@@ -362,7 +362,7 @@ def scale_rows_(g_TD: Tensor, factor_T: Tensor) -> None:
     _refuse_fp64(g_TD)
     rows, size = g_TD.shape
     if g_TD.numel():
-        _scale_rows[(rows, triton.cdiv(size, SCALE_BLOCK))](
+        _scale_rows[(rows, cdiv(size, SCALE_BLOCK))](
             g_TD, factor_T, g_TD.stride(0), factor_T.stride(0), size, BLOCK=SCALE_BLOCK, **FUSED
         )
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
+    from hotloop_engine.ops.adapter_gradients.reference import ColumnScale
+
     from .sink import GradientSink
     from .views import LinearView
 
@@ -76,7 +78,9 @@ class LinearGroup:
         """Whether the adapters' gradients come from sums over tokens that whoever makes x or dy may make."""
         self.sum_dtype = torch.promote_types(dtype, torch.float32)
         self.operand = Operand(self)
-        self.prepared: object = None  # what an implementation keeps of this group between launches
+        self.prepared: dict[
+            str, object
+        ] = {}  # what implementations keep of this group between launches
         self._cast = any(
             isinstance(view.weight, Tensor) and view.weight.dtype != dtype for view in self.views
         )
@@ -146,11 +150,12 @@ class LinearGroup:
         x: [T, K], or `wide` with x in its first K columns (the rest is overwritten). out: [T, N], any row stride.
         """
         x_TK = x[:, : self.k]
-        b_NC, a_CK = self._adapters(e)
-        room = x[:, self.k :] if x.shape[1] > self.k else None
+        rides = x.shape[1] > self.k
+        b_NC, a_CK = (None, e[self.n :, : self.k]) if e is not None and rides else self._adapters(e)
+        room = x[:, self.k :] if rides else None
         t_TC = self._adapter_input(x_TK, a_CK, e, seeds, out=room)
         y = self._output(x, residual) if out is None else out
-        if e is not None and x.shape[1] > self.k:
+        if e is not None and rides:
             gemm(x, e[: self.n].T, y, residual, alpha)
             return y, t_TC[:, : self.rank].clone() if t_TC is not None and self.rank else None
         if e is not None:
@@ -158,6 +163,7 @@ class LinearGroup:
         else:
             self._in_place(x_TK, y, residual, alpha)
         if t_TC is not None:
+            assert b_NC is not None
             gemm(t_TC, b_NC.T, y, y, alpha)
         return y, t_TC[:, : self.rank] if t_TC is not None and self.rank else None
 
@@ -171,7 +177,7 @@ class LinearGroup:
         *,
         need_dx: bool = True,
         row_scale: Tensor | None = None,
-        column_scale: Tensor | None = None,
+        column_scale: ColumnScale | None = None,
         seeds: Sequence[int] = (),
         db: Tensor | None = None,
     ) -> Tensor | None:
@@ -231,7 +237,7 @@ class LinearGroup:
         sink: GradientSink,
         *,
         row_scale: Tensor | None = None,
-        column_scale: Tensor | None = None,
+        column_scale: ColumnScale | None = None,
         seeds: Sequence[int] = (),
         db: Tensor | None = None,
         da: Tensor | None = None,

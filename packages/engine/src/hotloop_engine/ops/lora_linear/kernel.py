@@ -14,7 +14,7 @@ import triton.language as tl
 from hotloop_core.kernels import FourBitWeight
 from torch import Tensor
 
-from hotloop_engine.ops.kernel import NOTHING, launch, resolve
+from hotloop_engine.ops.kernel import NOTHING, cdiv, launch, power_of_2, resolve
 from hotloop_engine.ops.nf4.kernel import WORDS, dequantize_tile
 
 from . import reference
@@ -201,11 +201,11 @@ class _Prepared:
         firsts = [r.start for r in group.rows] + [group.n] * missing
         starts = [r.start for r in group.ranks] + [group.columns] * missing
         any_tensor = next(t for t in (*group.tensors(), *_packed(group)) if t is not None)
-        padded = triton.next_power_of_2(max(1, group.columns))
+        padded = power_of_2(group.columns)
         constants: dict[str, object] = {
             "ROWS": ROWS, "PADDED": padded, "COLUMNS": min(COLUMNS, padded), "WIDTH": WIDTH,
         }  # fmt: skip
-        b_programs, a_blocks = triton.cdiv(group.n, ROWS), triton.cdiv(group.k, WIDTH)
+        b_programs, a_blocks = cdiv(group.n, ROWS), cdiv(group.k, WIDTH)
         programs = b_programs + group.columns * a_blocks
         sizes = (
             group.n,
@@ -279,7 +279,7 @@ def _four_bit(group: LinearGroup) -> _FourBit | None:
         ):
             return None
     three = [*weights, *[first] * (MOST - len(weights))]
-    sizes = [triton.cdiv((r.stop - r.start) * group.k, WORDS * 8) for r in group.rows]
+    sizes = [cdiv((r.stop - r.start) * group.k, WORDS * 8) for r in group.rows]
     tiles = [*sizes, *[0] * (MOST - len(sizes))]
     code = first.code
     arguments = (
@@ -302,9 +302,10 @@ def _four_bit(group: LinearGroup) -> _FourBit | None:
 
 
 def _prepared(group: LinearGroup) -> _Prepared:
-    if not isinstance(group.prepared, _Prepared):
-        group.prepared = _Prepared(group)
-    return group.prepared
+    known = group.prepared.get("lora_linear")
+    if not isinstance(known, _Prepared):
+        group.prepared["lora_linear"] = known = _Prepared(group)
+    return known
 
 
 def fill_columns(group: LinearGroup, b_NC: Tensor, a_CK: Tensor) -> None:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from hotloop_engine.ops.adapter_gradients.reference import ColumnScale
+
     from .group import LinearGroup
     from .sink import GradientSink
 
@@ -26,7 +28,7 @@ def one_by_one(
     t_TR: Tensor,
     sink: GradientSink,
     row_scale: Tensor | None,
-    column_scale: Tensor | None,
+    column_scale: ColumnScale | None,
     seeds: Sequence[int],
 ) -> None:
     """Puts dA and dB of each projection into `sink`; arguments as of `LinearGroup.backward_parameters`."""
@@ -35,7 +37,7 @@ def one_by_one(
     if not group.drops:
         whole = matmul_to(scaled[:, : group.rank].T, x_TK, group.sum_dtype)
         if column_scale is not None:
-            whole *= column_scale
+            whole *= column_scale.values()
     for i, view in enumerate(group.views):
         lora = view.lora
         if lora is None or not (lora.a_RK.requires_grad or lora.b_NR.requires_grad):

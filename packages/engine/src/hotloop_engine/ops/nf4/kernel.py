@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hotloop_engine.ops.kernel import launch
+from hotloop_engine.ops.kernel import cdiv, launch
 
 if TYPE_CHECKING:
     from hotloop_core.kernels import FourBitWeight
@@ -175,7 +175,7 @@ def forward(weight: FourBitWeight, *, out: Tensor, lookup: Lookup = "gather") ->
     words = WORDS if whole_words else WORDS // 8
     launch(
         _dequantize,
-        triton.cdiv(values, words * 8),
+        cdiv(values, words * 8),
         (
             packed.view(torch.int32) if whole_words else packed,
             weight.absmax,

@@ -15,6 +15,7 @@ from torch import Tensor
 from hotloop_engine.ops._ahead import stages_ahead
 from hotloop_engine.ops.kernel import (
     RowTile,
+    cdiv,
     launch,
     multiprocessors,
     require_unit_last,
@@ -146,7 +147,7 @@ def forward(
     if x_TD.numel():
         launch(
             _forward,
-            triton.cdiv(T, tile.rows),
+            cdiv(T, tile.rows),
             (
                 x_TD,
                 w_D,
@@ -189,13 +190,13 @@ def row_shares(s_TD: Tensor, *, summing: bool, inputs: int) -> RowShares:
     """
     T, D = s_TD.shape
     tile = row_tile(D, SUMMING_ELEMENTS if summing else BACKWARD_ELEMENTS)
-    tiles = triton.cdiv(T, tile.rows)
+    tiles = cdiv(T, tile.rows)
     if not summing or not tiles:
         return RowShares(tile, tiles, 1, 1)
     places = multiprocessors(s_TD.device) * (WARPS_RESIDENT // tile.warps)
-    tiles_each = triton.cdiv(tiles, max(1, min(places, tiles // 8)))
+    tiles_each = cdiv(tiles, max(1, min(places, tiles // 8)))
     stages = stages_ahead(inputs * tile.rows * tile.width * s_TD.element_size())
-    return RowShares(tile, triton.cdiv(tiles, tiles_each), tiles_each, stages)
+    return RowShares(tile, cdiv(tiles, tiles_each), tiles_each, stages)
 
 
 def backward(

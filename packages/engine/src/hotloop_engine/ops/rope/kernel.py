@@ -15,7 +15,14 @@ import triton.language as tl
 from hotloop_core.errors import ConfigError
 
 from hotloop_engine.ops._ahead import stages_ahead
-from hotloop_engine.ops.kernel import launch, partial_sums, require_unit_last, wide
+from hotloop_engine.ops.kernel import (
+    cdiv,
+    launch,
+    partial_sums,
+    power_of_2,
+    require_unit_last,
+    wide,
+)
 
 if TYPE_CHECKING:
     from hotloop_core.kernels import HeadNorm
@@ -315,10 +322,10 @@ class _Blocks(NamedTuple):
 
 @cache
 def _blocks(H: int, G: int, half: int, rest: int, share: _Share) -> _Blocks:
-    block_half, block_rest = triton.next_power_of_2(half), triton.next_power_of_2(max(1, rest))
+    block_half, block_rest = power_of_2(half), power_of_2(rest)
     most_heads = max(1, share.program // max(block_half, block_rest // 2))
-    q_heads, k_heads = (min(most_heads, triton.next_power_of_2(max(1, n))) for n in (H, G))
-    pairs = max(q_heads, k_heads) * triton.next_power_of_2(half + rest // 2)
+    q_heads, k_heads = (min(most_heads, power_of_2(n)) for n in (H, G))
+    pairs = max(q_heads, k_heads) * power_of_2(half + rest // 2)
     warps = pairs // (32 * share.thread)
     return _Blocks(q_heads, k_heads, block_half, block_rest, min(8, max(1, warps)))
 
@@ -361,14 +368,14 @@ def _launch(
     tokens_each, stages, dw_2K = 1, 1, None
     if summing:
         stages = stages_ahead(2 * (H + G) * K * q_in.element_size())
-        tokens_each = max(1, triton.cdiv(T, partial_sums(T, q_in.device)))
+        tokens_each = max(1, cdiv(T, partial_sums(T, q_in.device)))
         wide_dtype = torch.float64 if q_in.dtype == torch.float64 else torch.float32
-        dw_2K = q_in.new_empty(triton.cdiv(T, tokens_each), 2, K, dtype=wide_dtype)
+        dw_2K = q_in.new_empty(cdiv(T, tokens_each), 2, K, dtype=wide_dtype)
     if T:
         used = [t for t in (q_in, k_in, q, k, q_out, k_out) if t is not None]
         launch(
             _rotate,
-            triton.cdiv(T, tokens_each),
+            cdiv(T, tokens_each),
             (
                 q_in,
                 k_in,
