@@ -115,7 +115,9 @@ class LinearGroup:
         """E [N + C, K + C], or None where the weights are used in place."""
         if (held := self.operand.at_hand) is not None:
             return held
-        return self.operand.make() if self.extends(tokens, backward=backward) else None
+        if not self.extends(tokens, backward=backward):
+            return None
+        return self.operand.make(backward=backward)
 
     def held(self) -> AbstractContextManager[None]:
         """Within, E is made once: for several passes over parts of the tokens."""

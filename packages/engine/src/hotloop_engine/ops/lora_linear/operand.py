@@ -50,15 +50,15 @@ class Operand:
         finally:
             self._held = None
 
-    def make(self) -> Tensor:
-        """E, with the adapters as they are now."""
+    def make(self, *, backward: bool = False) -> Tensor:
+        """E, with the adapters as they are now; those of a kept one are as its last forward found them in backward."""
         e = self._kept
         if e is None:
             e = self._new()
             # What is made in inference mode could not be written to in training.
             if self._stays and not torch.is_inference_mode_enabled():
                 self._kept = e
-        else:
+        elif not backward:
             self._adapters_into(e)
         if self._held is not None:
             self._held.append(e)
