@@ -49,20 +49,35 @@ def read(path: Path = HISTORY) -> list[Row]:
 
 
 def table(rows: list[Row], *, compared: bool = False) -> str:
-    """Markdown: a line for each card, model and setting, a column for each framework.
+    """Markdown: a line for each card, model and setting, a column for each framework; all of a line from one run.
+
+    Of the runs that measured most libraries beside Hotloop it is the last: times of different runs, on different
+    machines, say nothing of each other.
 
     compared: only lines in which Hotloop stands beside another.
     """
     if not rows:
         return "No rows yet."
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    runs: dict[tuple[str, ...], dict[str, dict[str, str]]] = {}
     for row in sorted(rows, key=_order):
         if row["framework"] in NAMES:
-            cells.setdefault(_setting(row), {})[row["framework"]] = _cell(row)
+            of_setting = runs.setdefault(_setting(row), {})
+            of_setting.setdefault(str(row.get("run")), {})[row["framework"]] = _cell(row)
+    cells = {key: _fullest(list(of_setting.values())) for key, of_setting in runs.items()}
     if compared:
         cells = {key: line for key, line in cells.items() if len(line) > 1 and "hotloop" in line}
     columns = [name for name in NAMES if any(name in line for line in cells.values())]
     return grid(("card", "setting"), {name: NAMES[name] for name in columns}, cells)
+
+
+def _fullest(runs: list[dict[str, str]]) -> dict[str, str]:
+    """The last of those that compare most."""
+
+    def worth(number: int) -> tuple[bool, int, int]:
+        ours = [name for name in runs[number] if name.startswith("hotloop")]
+        return bool(ours), len(runs[number]) - len(ours), number
+
+    return runs[max(range(len(runs)), key=worth)]
 
 
 def grid(

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from hotloop.planner import CARDS, Request, plan, space
+from hotloop.planner import CARDS, Request, find_card, plan, space
 from hotloop.planner.task import Task
 from hotloop_core import Plan
 from hotloop_core.errors import BudgetError
@@ -27,8 +28,15 @@ HOST = "100GiB"
 HOSTS = {"h100-8": "98.6GiB"}
 """What a run's host could pin, where its plans took nearly all: with it they come out as they ran."""
 
-ALLOWANCES = {"h100-8": (128 * 2**20, 8)}
+ALLOWANCES = {
+    "h100-8": (128 * 2**20, 8),
+    "h200-4": (384 * 2**20, 6),
+    "h200-7": (384 * 2**20, 6),
+}
 """What a run's plans left for the allocator, where that is not what they leave now: bytes, and percent."""
+
+LAUNCH_MS = dict.fromkeys(ALLOWANCES, (2.0, 3.5))
+"""What those plans took the host to need for a layer: the choice among plans may hang on it."""
 
 ONE_LAUNCH = "2026-11-29"
 """Rows of days before it had a step of AdamW that waits for the card after each tensor, as the paged one still does
@@ -223,6 +231,9 @@ def as_it_ran(row: Row) -> Plan:
     common |= {"optimizer": "paged_adamw_8bit"} if row["date"] < ONE_LAUNCH else {}
     common |= {"dequantised": bool(row.get("dequantised"))}
     shape, homes = SHAPES[row["model"]], None
+    card = find_card(common["card"])
+    launch_ms = LAUNCH_MS.get(row["run"], card.launch_ms)
+    common |= {"card": replace(card, launch_ms=launch_ms)}
     now = space.SLACK_BYTES, space.SLACK_PERCENT
     size, percent = ALLOWANCES.get(row["run"], now)
     with patch.multiple(space, SLACK_BYTES=size, SLACK_PERCENT=percent):

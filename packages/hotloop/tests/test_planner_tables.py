@@ -166,10 +166,10 @@ def test_predictions_are_near_what_was_measured(setting):
     row = SETTINGS[setting]
     made = fit["as_it_ran"](row)
     assert fit["planned_tensors"](made) / GIB == pytest.approx(row["peak_gib"], rel=0.05)
-    if row.get("vram"):  # capped there, the allocator gives back what it holds in vain
-        assert row["reserved_gib"] <= made.peak_bytes / GIB + 0.01 <= 1.1 * row["reserved_gib"]
-    else:
-        assert made.peak_bytes / GIB == pytest.approx(row["reserved_gib"], rel=0.05)
+    # The constant part is much beside a small model. Capped, the allocator gives back what it holds in vain.
+    planned, constant = made.peak_bytes / GIB, SLACK_BYTES / GIB
+    assert planned <= max(1.1 * row["reserved_gib"], row["reserved_gib"] + constant)
+    assert row["reserved_gib"] <= (planned + 0.01 if row.get("vram") else 1.05 * planned)
     assert sum(made.step_ms.values()) / 1e3 == pytest.approx(row["step_s"], rel=0.15)
     if "planned_gib" in row:  # the plan is the one that ran
         found = made.peak_bytes / GIB, made.host_bytes / GIB
@@ -177,11 +177,11 @@ def test_predictions_are_near_what_was_measured(setting):
 
 
 def capped():
-    """The yardstick's rows that had a budget and kept it."""
+    """The yardstick's rows that had a budget and kept it, and whose plan is made as it was then."""
     for line in fit["HISTORY"].read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         known = row["framework"] == "hotloop" and row["model"] in fit["SHAPES"]
-        if known and row.get("vram") and not row.get("oom"):
+        if known and row.get("vram") and not row.get("oom") and "note" not in row:
             yield row
 
 

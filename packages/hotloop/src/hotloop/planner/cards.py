@@ -33,7 +33,7 @@ class Card:
     copy_gbs: float
     link_gbs: float
     attention_half: tuple[float, float] = (784.0, 1272.0)
-    launch_ms: tuple[float, float] = (2.0, 3.5)
+    launch_ms: tuple[float, float] = (2.1, 2.8)
     bf16: bool = True
     measured: bool = False
 

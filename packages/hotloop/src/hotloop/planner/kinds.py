@@ -239,7 +239,8 @@ def _forward(job: Job, place: Mapping[str, Placement], tile: int | None) -> int:
     if "mlp" in job.facts.own:
         return made + streams + _own_gradients(job, "mlp")
     at_once = taken * job.width * (3 * i if tile is not None else i)
-    return made + at_once + streams + job.extended("gate_up")
+    copies = job.extended("gate_up") + job.extended("down") * (tile is not None)  # tiles hold both
+    return made + at_once + streams + copies
 
 
 def _own_gradients(job: Job, part: str) -> int:
