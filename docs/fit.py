@@ -58,15 +58,15 @@ PUBLISHED_GB = {
 Row = dict[str, Any]
 
 
-def rows() -> list[Row]:
-    """Hotloop's rows of the yardstick that ended well and had the card for themselves."""
+def rows(*, noted: bool = False) -> list[Row]:
+    """Hotloop's rows of the yardstick that ended well.
+
+    noted: also those with a note of what their time or their plan is not good for; memory they tell as well.
+    """
     lines = HISTORY.read_text(encoding="utf-8").splitlines()
     found = [json.loads(line) for line in lines if line]
-    return [
-        row
-        for row in found
-        if row.get("framework") == "hotloop" and not row.get("oom") and "note" not in row
-    ]
+    ours = [row for row in found if row.get("framework") == "hotloop" and not row.get("oom")]
+    return [row for row in ours if noted or "note" not in row]
 
 
 def least() -> str:
@@ -79,16 +79,21 @@ def least() -> str:
         found = Task.of(SHAPES[name], Request(tokens=2048, **COMMON)).least()
         assert found is not None
         size, chosen = found
-        measured = [
-            row["peak_gib"]
-            for row in rows()
-            if row.get("model") == name and row.get("batch", 0) * row["seq"] == 2048
-        ]
         table.append(
             f"| {name} | {size / GIB:.1f} GiB | {chosen.host / GIB:.1f} GiB "
-            f"| {2048 / chosen.ms * 1e3:,.0f} | {_gib(min(measured, default=None))} | {published} GB |"
+            f"| {2048 / chosen.ms * 1e3:,.0f} | {_measured_least(name)} | {published} GB |"
         )
     return "\n".join(table)
+
+
+def _measured_least(name: str) -> str:
+    """The smallest peak of tensors that the model trained in, with what the process held and its tokens."""
+    capped = [r for r in rows(noted=True) if r.get("model") == name and r.get("vram")]
+    if not capped:
+        return ""
+    row = min(capped, key=lambda r: r["peak_gib"])
+    tokens = row["batch"] * row["seq"]
+    return f"{row['peak_gib']:.1f} GiB (held {row['reserved_gib']:.1f}), {tokens:,} tokens"
 
 
 def contexts() -> str:

@@ -16,7 +16,7 @@ from hotloop.planner.job import OPTIMIZER_BYTES, Job
 from hotloop.planner.timing import OPTIMIZER_TENSOR_MS, attention_flops
 from hotloop_core import Placement, discover, facts_of
 from hotloop_core.errors import BudgetError, ConfigError, NoFamilyError, PlanError
-from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL
+from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, amount
 
 GIB = 2**30
 LLAMA_8B = {
@@ -76,6 +76,22 @@ def test_what_a_named_budget_leaves_goes_to_weights_that_stay_dequantised():
 def test_memory_that_nobody_named_stays_free():
     assert not any(layer.dequantised for layer in h100().layers)
     assert all(layer.dequantised for layer in h100(dequantised=True).layers)
+
+
+def test_what_dequantised_weights_would_bring_is_offered_where_it_is_much():
+    def offers(**options):
+        made = plan(LLAMA_8B, **{"lora": 16, "card": "RTX 4090", **options})
+        return [note for note in made.notes if "dequantised=True" in note]
+
+    (offer,) = offers(tokens=2048)
+    before = plan(LLAMA_8B, tokens=2048, lora=16, card="RTX 4090")
+    after = plan(LLAMA_8B, tokens=2048, lora=16, card="RTX 4090", dequantised=True)
+    more = after.peak_bytes - before.peak_bytes
+    faster = 1 - sum(after.step_ms.values()) / sum(before.step_ms.values())
+    assert f"makes it {faster:.0%} faster with {amount(more)} more" in offer
+    assert offers(tokens=2048, vram="23GiB") == []
+    assert offers(tokens=32768, placements="recompute") == []
+    assert offers(tokens=256) == []  # the host is what such a step waits for
 
 
 def test_weights_that_stream_or_train_or_have_16_bits_are_not_dequantised():

@@ -108,6 +108,8 @@ def summary(plan: Plan) -> str:
     words = [f"{', '.join(parts)} of {total} layers" if parts else "keep everything"]
     streamed = sum(layer.streamed for layer in plan.layers)
     words += [f"{streamed} stream weights"] if streamed else []
+    ready = sum(layer.dequantised for layer in plan.layers)
+    words += [f"{ready} stay dequantised"] if ready else []
     homes = [
         n for n, on in (("embedding", plan.embedding_on_host), ("head", plan.head_on_host)) if on
     ]

@@ -17,7 +17,7 @@ from .gradients import unaccumulated
 from .host import HOST_SHARE, assumed_host_memory, host_limit
 from .job import OPTIMIZER_BYTES, Job
 from .kinds import Kind, chosen, recompute_all
-from .parts import step_parts
+from .parts import offer_of, step_parts
 from .read import ranks_of, read, whole
 from .refusal import enough, refusal
 from .search import fastest, homes_of, lean, least, spaces
@@ -254,6 +254,8 @@ class Task:
             notes.append(
                 f"the least memory for this batch is {enough(leanest[0])}, {slower:.0%} slower"
             )
+        if not self.dequantised and self.timed and self.budget is not None:
+            notes += offer_of(replace(self, dequantised=True)._stay_dequantised(found), found)
         spared = unaccumulated(found)
         if spared > peak / 100:
             notes.append(f"a step without gradient accumulation takes {amount(spared)} less")

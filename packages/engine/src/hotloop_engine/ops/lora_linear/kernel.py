@@ -194,9 +194,8 @@ class _Prepared:
             lora is None or (lora.a_RK.is_contiguous() and lora.b_NR.is_contiguous())
             for lora in loras
         )
-        if (
-            missing < 0 or not plain or group.dtype == torch.float64
-        ):  # they multiply s and A in fp32
+        # They multiply s and A in fp32.
+        if missing < 0 or not plain or group.dtype == torch.float64:
             return
         firsts = [r.start for r in group.rows] + [group.n] * missing
         starts = [r.start for r in group.ranks] + [group.columns] * missing
