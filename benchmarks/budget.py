@@ -91,7 +91,7 @@ def child(folder: str, setting: str, steps: int) -> None:
         **peaks(),
         "planned_gib": round(plan.peak_bytes / GIB, 2),
         "host_gib": round(plan.host_bytes / GIB, 2),
-        "dequantised": sum(layer.dequantised for layer in plan.layers),
+        "dequantised": len(plan.dequantised),
     }
     print(json.dumps(row), flush=True)
     print(plan, file=sys.stderr)

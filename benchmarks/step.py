@@ -238,8 +238,7 @@ def of_plan(model: Any) -> dict[str, Any]:
 
     receipt = receipt_of(model)
     plan = None if receipt is None else receipt.plan
-    ready = 0 if plan is None else sum(layer.dequantised for layer in plan.layers)
-    return {"dequantised": ready} if ready else {}
+    return {"dequantised": len(plan.dequantised)} if plan is not None and plan.dequantised else {}
 
 
 def run(wanted: Wanted, settings: list[tuple[int, int]], *, warmup: int, steps: int) -> None:

@@ -11,6 +11,7 @@ from hotloop.cli import app
 from hotloop.cli.terminal import console
 from hotloop.planner import Request, explain_oom, outlook, plan, plan_after_oom, summary
 from hotloop.planner.space import SLACK_BYTES, SLACK_PERCENT
+from hotloop.planner.task import Task
 from hotloop_core import ModelFacts, discover, facts_of
 from hotloop_core.errors import BudgetError, ConfigError, PlanError
 from hotloop_core.plan import amount
@@ -166,10 +167,14 @@ def test_predictions_are_near_what_was_measured(setting):
     row = SETTINGS[setting]
     made = fit["as_it_ran"](row)
     assert fit["planned_tensors"](made) / GIB == pytest.approx(row["peak_gib"], rel=0.05)
-    # The constant part is much beside a small model. Capped, the allocator gives back what it holds in vain.
     planned, constant = made.peak_bytes / GIB, SLACK_BYTES / GIB
-    assert planned <= max(1.1 * row["reserved_gib"], row["reserved_gib"] + constant)
-    assert row["reserved_gib"] <= (planned + 0.01 if row.get("vram") else 1.05 * planned)
+    if constant > 0.07 * row["reserved_gib"]:  # beside so little the constant part is much
+        most = max(1.1 * row["reserved_gib"], row["reserved_gib"] + constant)
+        assert row["reserved_gib"] <= planned + 0.01 <= most + 0.01
+    elif row.get("vram"):  # capped there, the allocator gives back what it holds in vain
+        assert row["reserved_gib"] <= planned + 0.01 <= 1.1 * row["reserved_gib"]
+    else:
+        assert planned == pytest.approx(row["reserved_gib"], rel=0.05)
     assert sum(made.step_ms.values()) / 1e3 == pytest.approx(row["step_s"], rel=0.15)
     if "planned_gib" in row:  # the plan is the one that ran
         found = made.peak_bytes / GIB, made.host_bytes / GIB
@@ -177,17 +182,24 @@ def test_predictions_are_near_what_was_measured(setting):
 
 
 def capped():
-    """The yardstick's rows that had a budget and kept it, and whose plan is made as it was then."""
+    """The yardstick's rows that had a budget and kept it."""
     for line in fit["HISTORY"].read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         known = row["framework"] == "hotloop" and row["model"] in fit["SHAPES"]
-        if known and row.get("vram") and not row.get("oom") and "note" not in row:
+        if known and row.get("vram") and not row.get("oom"):
             yield row
 
 
 @pytest.mark.parametrize("row", capped(), ids=lambda row: f"{row['run']}-{row['vram']}")
 def test_the_allowance_holds_what_the_allocator_held_under_a_budget(row):
-    made = fit["as_it_ran"]({"placements": None, **row})
+    try:
+        made = fit["as_it_ran"]({"placements": None, **row})
+    except (
+        BudgetError
+    ):  # more is counted since; where all streamed, as in the least, weights are where they were
+        size = {"tokens": row["batch"] * row["seq"], "longest": row["seq"], "lora": 16}
+        task = Task.of(fit["SHAPES"][row["model"]], Request(card="H200", host="94GiB", **size))
+        made = task.describe(task.least()[1])
     weights = made.memory["weights"] + made.memory.get("room for streamed weights", 0)
     allowance = SLACK_BYTES / GIB + SLACK_PERCENT / 100 * (row["peak_gib"] - weights / GIB)
     assert row["reserved_gib"] - row["peak_gib"] <= allowance

@@ -91,13 +91,19 @@ def test_streamed_weights_give_the_bits_of_resident_ones(layers, streamed, tied)
     assert homes_of(model) is None
 
 
-def test_a_pass_fetches_each_streamed_layer_once_and_turns_round_without_a_reload():
+def trained_from_the_host():
+    """A model all of whose layers stream, after one step; and its homes."""
     model = tiny()
     plan = plan_of(PLANS["recompute"], range(LAYERS))
     homes = settle(model, plan)
     wire(model, plan)
     model = with_lora(model)
     train(model)
+    return model, homes
+
+
+def test_a_pass_fetches_each_streamed_layer_once_and_turns_round_without_a_reload():
+    model, homes = trained_from_the_host()
     before = homes._store.statistics()
     train(model)
     after = homes._store.statistics()
@@ -108,12 +114,7 @@ def test_a_pass_fetches_each_streamed_layer_once_and_turns_round_without_a_reloa
 
 def test_blocks_multiply_by_the_fetched_copy_and_not_by_host_memory():
     """On a CPU both hold the same values; a card would read the host's memory over the link, or refuse."""
-    model = tiny()
-    plan = plan_of(PLANS["recompute"], range(LAYERS))
-    homes = settle(model, plan)
-    wire(model, plan)
-    model = with_lora(model)
-    train(model)
+    model, homes = trained_from_the_host()
     for index, layer in enumerate(model.get_base_model().model.layers):
         made = layer.__dict__[STATE].made
         groups = [value for _, value in made.values() if isinstance(value, LinearGroup)]

@@ -202,6 +202,11 @@ class Plan:
         return tuple(i for i, layer in enumerate(self.layers) if layer.streamed)
 
     @property
+    def dequantised(self) -> tuple[int, ...]:
+        """The layers whose weights stay dequantised, in order."""
+        return tuple(i for i, layer in enumerate(self.layers) if layer.dequantised)
+
+    @property
     def has_weights_on_host(self) -> bool:
         """Whether any weight lives in host memory."""
         return bool(self.streamed) or self.embedding_on_host or self.head_on_host
@@ -252,10 +257,8 @@ class Plan:
             if there
         ]
         lines = [f"weights of {streamed} of {len(self.layers)} layers streamed"] if streamed else []
-        ready = sum(layer.dequantised for layer in self.layers)
-        lines += (
-            [f"weights of {ready} of {len(self.layers)} layers stay dequantised"] if ready else []
-        )
+        if ready := len(self.dequantised):
+            lines.append(f"weights of {ready} of {len(self.layers)} layers stay dequantised")
         lines += [f"{' and '.join(homes)} on the host"] if homes else []
         return lines + ([f"{self.tile:,} tokens at once but in attention"] if self.tile else [])
 

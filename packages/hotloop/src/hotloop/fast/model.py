@@ -223,7 +223,7 @@ def _replan(model: PreTrainedModel, placements: Placements | None) -> None:
         placements=placements,
         homes=now,
         nf4_kv=any(layer.nf4_kv for layer in now.layers),
-        dequantised=any(layer.dequantised for layer in now.layers),
+        dequantised=bool(now.dequantised),
     )
     receipt.replan(new)
 

@@ -186,7 +186,7 @@ def request_again(now: Plan) -> Request:
         placements=now.layers[0].placements if now.fixed else None,
         homes=now,
         nf4_kv=any(layer.nf4_kv for layer in now.layers),
-        dequantised=any(layer.dequantised for layer in now.layers),
+        dequantised=bool(now.dequantised),
     )
 
 

@@ -108,8 +108,7 @@ def summary(plan: Plan) -> str:
     words = [f"{', '.join(parts)} of {total} layers" if parts else "keep everything"]
     streamed = sum(layer.streamed for layer in plan.layers)
     words += [f"{streamed} stream weights"] if streamed else []
-    ready = sum(layer.dequantised for layer in plan.layers)
-    words += [f"{ready} stay dequantised"] if ready else []
+    words += [f"{len(plan.dequantised)} stay dequantised"] if plan.dequantised else []
     homes = [
         n for n, on in (("embedding", plan.embedding_on_host), ("head", plan.head_on_host)) if on
     ]

@@ -69,9 +69,8 @@ class Projection:
         """
         own: Any = base.__dict__["_parameters"]
         weight = own.get("weight")
-        if weight is None or answers(
-            type(base), "weight"
-        ):  # a replica's; one that streams from the host
+        # A replica has no parameters; a class that answers for its weight streams it from the host.
+        if weight is None or answers(type(base), "weight"):
             return None
         if "quant_state" in weight.__dict__:
             weight = self._cache.view(weight)

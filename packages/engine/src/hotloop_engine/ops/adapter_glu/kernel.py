@@ -15,7 +15,7 @@ import triton.language as tl
 from hotloop_engine.ops.adapter_gradients.kernel import Tile, add_outer, padded, shares
 from hotloop_engine.ops.adapter_gradients.reference import WIDEST
 from hotloop_engine.ops.glu.kernel import activate
-from hotloop_engine.ops.kernel import launch, made_once
+from hotloop_engine.ops.kernel import cdiv, launch, made_once
 
 from . import reference
 
@@ -120,7 +120,7 @@ def backward_(
     if not _narrow(t_TR, dt_TR, gate_TI[:, :1]):
         return reference.backward_(dh_TI, gate_TI, up_TI, t_TR, dt_TR, activation=activation)
     tokens, columns = gate_TI.shape
-    blocks = -(-columns // TILE.columns)
+    blocks = cdiv(columns, TILE.columns)
     count, share = shares(tokens, blocks, TILE.rows, gate_TI.device)
     pb, pa = padded(t_TR.shape[1]), padded(dt_TR.shape[1])
     db = torch.empty(count, 2 * columns, pb, dtype=torch.float32, device=gate_TI.device)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hotloop_engine.ops.kernel import launch, multiprocessors
+from hotloop_engine.ops.kernel import cdiv, launch, multiprocessors, power_of_2
 
 from . import reference
 from .reference import WIDEST, ColumnScale
@@ -42,7 +42,7 @@ MOST = 3  # projections in a group
 @cache
 def padded(columns: int) -> int:
     """P for a number of columns: a power of two that the tensor cores take."""
-    return max(16, 1 << (columns - 1).bit_length())
+    return max(16, power_of_2(columns))
 
 
 @lru_cache(maxsize=1024)
@@ -182,7 +182,7 @@ def column_sums(a_TM: Tensor, b_TC: Tensor, *, row_scale_T: Tensor | None = None
     (tokens, m), columns = a_TM.shape, b_TC.shape[1]
     if columns > WIDEST or a_TM.dtype not in (torch.bfloat16, torch.float16) or not tokens:
         return reference.column_sums(a_TM, b_TC, row_scale_T=row_scale_T)
-    blocks = -(-m // TILE.columns)
+    blocks = cdiv(m, TILE.columns)
     count, share = shares(tokens, blocks, TILE.rows, a_TM.device)
     p = padded(columns)
     out = torch.empty(count, m, p, dtype=torch.float32, device=a_TM.device)
@@ -234,7 +234,7 @@ def _layout(group: LinearGroup) -> _Layout:
         (r.stop - r.start) * (c.stop - c.start)
         for r, c in zip(group.rows, group.ranks, strict=True)
     ]
-    blocks = -(-group.n // LINES)
+    blocks = cdiv(group.n, LINES)
     numbers = (*rows, *ranks, group.rank, *scales, *[0.0] * missing, blocks)
     group.prepared["adapter_gradients"] = made = _Layout(sizes, numbers, blocks)
     return made
@@ -252,7 +252,7 @@ def gradients(
     *parts, out_a = torch.split_with_sizes(out, [*layout.sizes, rank * k])
     launch(
         _gradients,
-        layout.blocks + -(-k // LINES),
+        layout.blocks + cdiv(k, LINES),
         (
             db,
             da,
