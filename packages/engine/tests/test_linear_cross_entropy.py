@@ -23,6 +23,7 @@ OPTIONS = {
     "plain": PLAIN,
     "smoothing": HeadLossOptions(label_smoothing=0.2),
     "softcap": HeadLossOptions(softcap=2.0),
+    "high softcap": HeadLossOptions(softcap=60.0),  # higher than e^z may be summed for
     "scale": HeadLossOptions(scale=0.5),
     "z_loss": HeadLossOptions(z_loss=1e-2),
     "temperature": HeadLossOptions(temperature=2.0),

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hotloop_core.kernels import HeadLossOptions
-from hotloop_engine.ops.linear_cross_entropy import linear_log_probs
+from hotloop_engine.ops.linear_cross_entropy import kernel, linear_log_probs
 from hotloop_testkit.numerics import assert_no_worse_than, poisoned_buffers
 from torch import Tensor
 
@@ -89,3 +89,27 @@ def test_moments_change_no_bit_of_loss_or_gradient(impl) -> None:
         out.log_prob.sum().backward()
         found.append((out.log_prob.detach(), leaf.grad))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("cap", [kernel.BOUND, 2 * kernel.BOUND])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_logits_at_either_end_of_a_soft_cap_stay_finite_and_exact(cap, dtype) -> None:
+    """All of 5,000 at the top, all at the bottom, one at the top; 900 is far outside, where dz is 0."""
+    options = HeadLossOptions(softcap=cap)
+    logits = torch.full((3, 5000), -900.0)
+    logits[0], logits[2, 7] = 900.0, 900.0
+    moments = torch.empty(2, 3)
+    found = kernel.forward_(
+        logits.to(dtype), torch.full((3,), 7), options=options, dloss_T=None,
+        want_entropy=True, moments_2T=moments,
+    )  # fmt: skip
+    spread = torch.tensor(5000.0).log()
+    assert found.entropy_T is not None
+    torch.testing.assert_close(
+        found.lse_T, torch.stack([cap + spread, spread - cap, spread * 0 + cap])
+    )
+    torch.testing.assert_close(
+        found.loss_T, torch.stack([spread, spread, spread * 0]), atol=1e-5, rtol=1e-6
+    )
+    torch.testing.assert_close(found.entropy_T, found.loss_T, atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(moments[1], -found.loss_T, atol=2e-5, rtol=1e-6)

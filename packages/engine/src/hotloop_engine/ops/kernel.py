@@ -294,3 +294,34 @@ def _apart(kernel: Any, indices: tuple[int | None, int]) -> str:
         "the CPU" if i is None or i < 0 else f"cuda:{i}" for i in sorted(indices, key=str)
     )
     return f"{name} was given tensors on {places}; expected one CUDA device. Move them to one."
+
+
+# A warp reads 32 columns of a row, 128 bytes; 64 rows in flight are 8 loads a thread.
+_SUM_ROWS = 64
+_SUM_COLUMNS = 32
+
+
+@triton.jit
+def _sum_of_parts(x_ptr, y_ptr, P, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros((ROWS, COLUMNS), x_ptr.dtype.element_ty)
+    for start in range(0, P, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        inside = (row < P) & (column < D)
+        total += tl.load(x_ptr + row.to(tl.int64) * D + column, mask=inside, other=0.0)
+    tl.store(y_ptr + column, tl.sum(total, axis=0)[None, :], mask=column < D)
+
+
+def sum_of_parts(parts: torch.Tensor) -> torch.Tensor:
+    """The sums [...] of the partial sums [P, ...] that P programs left, contiguous, always in the same order."""
+    if not parts.numel():
+        return parts.sum(0)
+    total = parts.new_empty(parts.shape[1:])
+    launch(
+        _sum_of_parts,
+        cdiv(total.numel(), _SUM_COLUMNS),
+        (parts, total, parts.shape[0], total.numel()),
+        {"ROWS": _SUM_ROWS, "COLUMNS": _SUM_COLUMNS},
+        num_warps=8,
+    )
+    return total

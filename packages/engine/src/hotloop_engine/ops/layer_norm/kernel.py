@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hotloop_engine.ops.kernel import FUSED, cdiv, require_unit_last, row_tile, wide
+from hotloop_engine.ops.kernel import FUSED, cdiv, require_unit_last, row_tile, sum_of_parts, wide
 from hotloop_engine.ops.rms_norm.kernel import row_shares
 
 FORWARD_ELEMENTS = 32  # of one tensor in a thread: four 16-byte loads of bf16 in flight
@@ -216,5 +216,5 @@ def backward(
             num_warps=shares.tile.warps,
             **FUSED,
         )
-    dw_D = None if dw_PD is None else dw_PD.sum(0)
-    return ds_TD, dw_D, None if db_PD is None else db_PD.sum(0)
+    dw_D = None if dw_PD is None else sum_of_parts(dw_PD)
+    return ds_TD, dw_D, None if db_PD is None else sum_of_parts(db_PD)

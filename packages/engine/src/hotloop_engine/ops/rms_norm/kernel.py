@@ -20,6 +20,7 @@ from hotloop_engine.ops.kernel import (
     multiprocessors,
     require_unit_last,
     row_tile,
+    sum_of_parts,
     wide,
 )
 
@@ -248,4 +249,4 @@ def backward(
             },
             num_warps=shares.tile.warps,
         )
-    return ds_TD, None if dw_PD is None else dw_PD.sum(0)
+    return ds_TD, None if dw_PD is None else sum_of_parts(dw_PD)

@@ -21,6 +21,7 @@ from hotloop_engine.ops.kernel import (
     partial_sums,
     power_of_2,
     require_unit_last,
+    sum_of_parts,
     wide,
 )
 
@@ -97,20 +98,39 @@ def _weight(
 
 
 @triton.jit
-def _heads(
-    in_ptr,
-    x_ptr,
-    out_ptr,
-    weight,
-    dw1,
-    dw2,
-    dw3,
+def _read(
+    ptr,
+    head,
     token,
-    table,
     strides,
+    inside,
+    COPY: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Some heads of one token: first and second of each pair, and with COPY what is not rotated."""
+    at = ptr + (token * strides[0] + head * strides[1])
+    x1, x2 = _load_pair(at, inside, HALF, BLOCK_HALF, INTERLEAVED)
+    x3 = 0.0
+    if COPY:
+        column = tl.arange(0, BLOCK_REST)[None, :]
+        x3 = wide(tl.load(at + 2 * HALF + column, mask=inside & (column < REST), other=0.0))
+    return x1, x2, x3
+
+
+@triton.jit
+def _turn(
+    y,
+    x,
+    at,
+    inside,
+    weight,
+    sums,
+    table,
     EPS: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
     COPY: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -119,71 +139,54 @@ def _heads(
     INTERLEAVED: tl.constexpr,
     BACKWARD: tl.constexpr,
     DW: tl.constexpr,
-    LONG: tl.constexpr,
 ):
-    """All heads of one tensor for one token. EPS None: no norm. Returns the sums for dw, grown."""
-    cos1, sin1, cos2, sin2 = table
+    """Rotates y and writes it to the pointers `at`; returns the sums for dw, grown.
+
+    x: what the norm reads. EPS None: no norm.
+    """
+    y1, y2, y3 = y
+    x1, x2, x3 = x
     w1, w2, w3 = weight
-    column = tl.arange(0, BLOCK_REST)[None, :]
-    if LONG:
-        token = token.to(tl.int64)
-    for first in tl.static_range(0, HEADS, BLOCK):
-        head = first + tl.arange(0, BLOCK)[:, None]
-        inside = head < HEADS
-        inside_rest = inside & (column < REST)
-        if LONG:
-            head = head.to(tl.int64)
-        in_at = in_ptr + (token * strides[0][0] + head * strides[0][1])
-        out_at = out_ptr + (token * strides[1][0] + head * strides[1][1])
-        y1, y2 = _load_pair(in_at, inside, HALF, BLOCK_HALF, INTERLEAVED)
+    dw1, dw2, dw3 = sums
+    cos1, sin1, cos2, sin2 = table
+    if EPS is not None:
+        square = tl.sum(x1 * x1 + x2 * x2, axis=1)
         if COPY:
-            y3 = wide(tl.load(in_at + 2 * HALF + column, mask=inside_rest, other=0.0))
-        if EPS is not None:
-            if BACKWARD:
-                x_at = x_ptr + (token * strides[2][0] + head * strides[2][1])
-                x1, x2 = _load_pair(x_at, inside, HALF, BLOCK_HALF, INTERLEAVED)
-                if COPY:
-                    x3 = wide(tl.load(x_at + 2 * HALF + column, mask=inside_rest, other=0.0))
-            else:
-                x1, x2 = y1, y2
-                if COPY:
-                    x3 = y3
-            square = tl.sum(x1 * x1 + x2 * x2, axis=1)
+            square += tl.sum(x3 * x3, axis=1)
+        # Heads that do not exist would give 0 * inf where EPS is 0, and reach the sums for dw.
+        rstd = tl.where(inside, tl.rsqrt(square / (2 * HALF + REST) + EPS)[:, None], 0.0)
+        x1 *= rstd
+        x2 *= rstd
+        if COPY:
+            x3 *= rstd
+        if not BACKWARD:
+            y1 = x1 * w1
+            y2 = x2 * w2
             if COPY:
-                square += tl.sum(x3 * x3, axis=1)
-            # Heads that do not exist would give 0 * inf where EPS is 0, and reach the sums for dw.
-            rstd = tl.where(inside, tl.rsqrt(square / (2 * HALF + REST) + EPS)[:, None], 0.0)
-            x1 *= rstd
-            x2 *= rstd
-            if COPY:
-                x3 *= rstd
-            if not BACKWARD:
-                y1 = x1 * w1
-                y2 = x2 * w2
-                if COPY:
-                    y3 = x3 * w3
-        y1, y2 = y1 * cos1 - y2 * sin1, y2 * cos2 + y1 * sin2
-        if BACKWARD and EPS is not None:
+                y3 = x3 * w3
+    y1, y2 = y1 * cos1 - y2 * sin1, y2 * cos2 + y1 * sin2
+    if BACKWARD and EPS is not None:
+        if DW:
+            dw1 += y1 * x1
+            dw2 += y2 * x2
+        y1 *= w1
+        y2 *= w2
+        projected = tl.sum(y1 * x1 + y2 * x2, axis=1)
+        if COPY:
             if DW:
-                dw1 += y1 * x1
-                dw2 += y2 * x2
-            y1 *= w1
-            y2 *= w2
-            projected = tl.sum(y1 * x1 + y2 * x2, axis=1)
-            if COPY:
-                if DW:
-                    dw3 += y3 * x3
-                y3 *= w3
-                projected += tl.sum(y3 * x3, axis=1)
-            projected = projected[:, None] / (2 * HALF + REST)
-            y1 = rstd * (y1 - x1 * projected)
-            y2 = rstd * (y2 - x2 * projected)
-            if COPY:
-                y3 = rstd * (y3 - x3 * projected)
-        _store_pair(out_at, y1, y2, inside, HALF, BLOCK_HALF, INTERLEAVED)
+                dw3 += y3 * x3
+            y3 *= w3
+            projected += tl.sum(y3 * x3, axis=1)
+        projected = projected[:, None] / (2 * HALF + REST)
+        y1 = rstd * (y1 - x1 * projected)
+        y2 = rstd * (y2 - x2 * projected)
         if COPY:
-            at = out_at + 2 * HALF + column
-            tl.store(at, y3.to(out_ptr.dtype.element_ty), mask=inside_rest)
+            y3 = rstd * (y3 - x3 * projected)
+    _store_pair(at, y1, y2, inside, HALF, BLOCK_HALF, INTERLEAVED)
+    if COPY:
+        column = tl.arange(0, BLOCK_REST)[None, :]
+        to = at + 2 * HALF + column
+        tl.store(to, y3.to(at.dtype.element_ty), mask=inside & (column < REST))
     return dw1, dw2, dw3
 
 
@@ -247,6 +250,7 @@ def _rotate(
     G: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    TURNS: tl.constexpr,
     COPY_Q: tl.constexpr,
     COPY_K: tl.constexpr,
     HALF: tl.constexpr,
@@ -259,16 +263,6 @@ def _rotate(
     STAGES: tl.constexpr,
 ):
     """`in` is what is rotated: forward's q and k, or their gradients; q and k, forward's inputs."""
-    q_strides = (
-        (q_in_token_stride, q_in_head_stride),
-        (q_out_token_stride, q_out_head_stride),
-        (q_token_stride, q_head_stride),
-    )
-    k_strides = (
-        (k_in_token_stride, k_in_head_stride),
-        (k_out_token_stride, k_out_head_stride),
-        (k_token_stride, k_head_stride),
-    )
     DW: tl.constexpr = dw_ptr is not None
     SUM: tl.constexpr = dw_ptr.dtype.element_ty if dw_ptr is not None else tl.float32
     dq1 = tl.zeros((BLOCK_H, BLOCK_HALF), SUM)
@@ -290,16 +284,54 @@ def _rotate(
         if BACKWARD:  # the transpose: each meets the other's sine, negated
             sin1, sin2 = -sin2, -sin1
         table = (cos1, sin1, cos2, sin2)
-        dq1, dq2, dq3 = _heads(
-            *(q_in_ptr, q_ptr, q_out_ptr, wq, dq1, dq2, dq3, token, table, q_strides),
-            *(EPS_Q, H, BLOCK_H, COPY_Q, HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED),
-            *(BACKWARD, DW, LONG),
-        )
-        dk1, dk2, dk3 = _heads(
-            *(k_in_ptr, k_ptr, k_out_ptr, wk, dk1, dk2, dk3, token, table, k_strides),
-            *(EPS_K, G, BLOCK_G, COPY_K, HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED),
-            *(BACKWARD, DW, LONG),
-        )
+        if LONG:
+            token = token.to(tl.int64)
+        for first in tl.static_range(TURNS):
+            h = first * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+            g = first * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
+            is_q, is_k = h < H, g < G
+            if LONG:
+                h = h.to(tl.int64)
+                g = g.to(tl.int64)
+            # k is read before q is written: one wait for memory a turn.
+            if first * BLOCK_H < H:
+                strides = (q_in_token_stride, q_in_head_stride)
+                yq = _read(
+                    *(q_in_ptr, h, token, strides, is_q, COPY_Q),
+                    *(HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED),
+                )
+                xq = yq
+                if BACKWARD and EPS_Q is not None:
+                    strides = (q_token_stride, q_head_stride)
+                    xq = _read(
+                        *(q_ptr, h, token, strides, is_q, COPY_Q),
+                        *(HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED),
+                    )
+            if first * BLOCK_G < G:
+                strides = (k_in_token_stride, k_in_head_stride)
+                yk = _read(
+                    *(k_in_ptr, g, token, strides, is_k, COPY_K),
+                    *(HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED),
+                )
+                xk = yk
+                if BACKWARD and EPS_K is not None:
+                    strides = (k_token_stride, k_head_stride)
+                    xk = _read(
+                        *(k_ptr, g, token, strides, is_k, COPY_K),
+                        *(HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED),
+                    )
+            if first * BLOCK_H < H:
+                to = q_out_ptr + (token * q_out_token_stride + h * q_out_head_stride)
+                dq1, dq2, dq3 = _turn(
+                    *(yq, xq, to, is_q, wq, (dq1, dq2, dq3), table, EPS_Q, COPY_Q),
+                    *(HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED, BACKWARD, DW),
+                )
+            if first * BLOCK_G < G:
+                to = k_out_ptr + (token * k_out_token_stride + g * k_out_head_stride)
+                dk1, dk2, dk3 = _turn(
+                    *(yk, xk, to, is_k, wk, (dk1, dk2, dk3), table, EPS_K, COPY_K),
+                    *(HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED, BACKWARD, DW),
+                )
     if DW:
         at = dw_ptr + program * (2 * (2 * HALF + REST))
         if wq_ptr is not None:
@@ -311,10 +343,11 @@ def _rotate(
 
 
 class _Blocks(NamedTuple):
-    """The padded sizes of a launch and its warps."""
+    """The padded sizes of a launch, the turns in which it takes a token's heads, and its warps."""
 
     q_heads: int
     k_heads: int
+    turns: int
     half: int
     rest: int
     warps: int
@@ -324,10 +357,11 @@ class _Blocks(NamedTuple):
 def _blocks(H: int, G: int, half: int, rest: int, share: _Share) -> _Blocks:
     block_half, block_rest = power_of_2(half), power_of_2(rest)
     most_heads = max(1, share.program // max(block_half, block_rest // 2))
-    q_heads, k_heads = (min(most_heads, power_of_2(n)) for n in (H, G))
+    turns = cdiv(max(H, G), most_heads)
+    q_heads, k_heads = (power_of_2(cdiv(n, turns)) for n in (H, G))
     pairs = max(q_heads, k_heads) * power_of_2(half + rest // 2)
     warps = pairs // (32 * share.thread)
-    return _Blocks(q_heads, k_heads, block_half, block_rest, min(8, max(1, warps)))
+    return _Blocks(q_heads, k_heads, turns, block_half, block_rest, min(8, max(1, warps)))
 
 
 def _launch(
@@ -409,6 +443,7 @@ def _launch(
                 "G": G,
                 "BLOCK_H": blocks.q_heads,
                 "BLOCK_G": blocks.k_heads,
+                "TURNS": blocks.turns,
                 "COPY_Q": K > R and (q_norm is not None or not _same_place(q_in, q_out)),
                 "COPY_K": K > R and (k_norm is not None or not _same_place(k_in, k_out)),
                 "HALF": R // 2,
@@ -422,7 +457,7 @@ def _launch(
             },
             num_warps=blocks.warps,
         )
-    return q_out, k_out, None if dw_2K is None else dw_2K.sum(0)
+    return q_out, k_out, None if dw_2K is None else sum_of_parts(dw_2K)
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:
