@@ -126,10 +126,10 @@ def row_tile(columns: int, elements_per_thread: int) -> RowTile:
 def partial_sums(tiles: int, device: torch.device) -> int:
     """Into how many partial sums, one a program, a gradient that is summed over all rows is split.
 
-    Four a multiprocessor keep the memory busy whatever number of them is resident; eight tiles
+    Eight a multiprocessor keep the memory busy whatever number of them is resident; eight tiles
     each at the least, so that writing the partial sums stays small against reading the rows.
     """
-    return max(1, min(4 * multiprocessors(device), tiles // 8))
+    return max(1, min(8 * multiprocessors(device), tiles // 8))
 
 
 def require_unit_last(**tensors: torch.Tensor | None) -> None:

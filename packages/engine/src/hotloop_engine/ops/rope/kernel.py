@@ -37,13 +37,11 @@ class _Share(NamedTuple):
     thread: int
 
 
-# 2,048 pairs are 32 heads of 128, which is all of most models'; 16 in a thread are four 16-byte
-# loads of bf16 in flight. The norm's backward reads a second tensor. A weight gradient is summed
-# head upon head in a quarter of the memory: 64 registers (2,048 and 8 pairs take 124), so that 32
-# warps share a multiprocessor; the loads in flight are in shared memory then.
-PLAIN = _Share(2048, 16)
-NORM_BACKWARD = _Share(2048, 8)
-SUMMING = _Share(512, 2)
+# 512 pairs are 8 heads of 128, a quarter of most models': four warps with 4 pairs a thread, many of which are resident,
+# so that one computes while another waits (2,048 pairs were as fast without norms, a fifth slower with them). A weight
+# gradient is summed head upon head over a loop of tokens, whose next loads are on the way meanwhile: larger turns.
+SHARE = _Share(512, 4)
+SUMMING = _Share(1024, 8)
 
 
 @triton.jit
@@ -98,39 +96,20 @@ def _weight(
 
 
 @triton.jit
-def _read(
-    ptr,
-    head,
-    token,
-    strides,
-    inside,
-    COPY: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    REST: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
-    """Some heads of one token: first and second of each pair, and with COPY what is not rotated."""
-    at = ptr + (token * strides[0] + head * strides[1])
-    x1, x2 = _load_pair(at, inside, HALF, BLOCK_HALF, INTERLEAVED)
-    x3 = 0.0
-    if COPY:
-        column = tl.arange(0, BLOCK_REST)[None, :]
-        x3 = wide(tl.load(at + 2 * HALF + column, mask=inside & (column < REST), other=0.0))
-    return x1, x2, x3
-
-
-@triton.jit
-def _turn(
-    y,
-    x,
-    at,
-    inside,
+def _heads(
+    in_ptr,
+    x_ptr,
+    out_ptr,
     weight,
-    sums,
+    dw1,
+    dw2,
+    dw3,
+    token,
     table,
+    strides,
     EPS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
     COPY: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -139,54 +118,71 @@ def _turn(
     INTERLEAVED: tl.constexpr,
     BACKWARD: tl.constexpr,
     DW: tl.constexpr,
+    LONG: tl.constexpr,
 ):
-    """Rotates y and writes it to the pointers `at`; returns the sums for dw, grown.
-
-    x: what the norm reads. EPS None: no norm.
-    """
-    y1, y2, y3 = y
-    x1, x2, x3 = x
-    w1, w2, w3 = weight
-    dw1, dw2, dw3 = sums
+    """All heads of one tensor for one token. EPS None: no norm. Returns the sums for dw, grown."""
     cos1, sin1, cos2, sin2 = table
-    if EPS is not None:
-        square = tl.sum(x1 * x1 + x2 * x2, axis=1)
+    w1, w2, w3 = weight
+    column = tl.arange(0, BLOCK_REST)[None, :]
+    if LONG:
+        token = token.to(tl.int64)
+    for first in tl.static_range(0, HEADS, BLOCK):
+        head = first + tl.arange(0, BLOCK)[:, None]
+        inside = head < HEADS
+        inside_rest = inside & (column < REST)
+        if LONG:
+            head = head.to(tl.int64)
+        in_at = in_ptr + (token * strides[0][0] + head * strides[0][1])
+        out_at = out_ptr + (token * strides[1][0] + head * strides[1][1])
+        y1, y2 = _load_pair(in_at, inside, HALF, BLOCK_HALF, INTERLEAVED)
         if COPY:
-            square += tl.sum(x3 * x3, axis=1)
-        # Heads that do not exist would give 0 * inf where EPS is 0, and reach the sums for dw.
-        rstd = tl.where(inside, tl.rsqrt(square / (2 * HALF + REST) + EPS)[:, None], 0.0)
-        x1 *= rstd
-        x2 *= rstd
-        if COPY:
-            x3 *= rstd
-        if not BACKWARD:
-            y1 = x1 * w1
-            y2 = x2 * w2
+            y3 = wide(tl.load(in_at + 2 * HALF + column, mask=inside_rest, other=0.0))
+        if EPS is not None:
+            if BACKWARD:
+                x_at = x_ptr + (token * strides[2][0] + head * strides[2][1])
+                x1, x2 = _load_pair(x_at, inside, HALF, BLOCK_HALF, INTERLEAVED)
+                if COPY:
+                    x3 = wide(tl.load(x_at + 2 * HALF + column, mask=inside_rest, other=0.0))
+            else:
+                x1, x2 = y1, y2
+                if COPY:
+                    x3 = y3
+            square = tl.sum(x1 * x1 + x2 * x2, axis=1)
             if COPY:
-                y3 = x3 * w3
-    y1, y2 = y1 * cos1 - y2 * sin1, y2 * cos2 + y1 * sin2
-    if BACKWARD and EPS is not None:
-        if DW:
-            dw1 += y1 * x1
-            dw2 += y2 * x2
-        y1 *= w1
-        y2 *= w2
-        projected = tl.sum(y1 * x1 + y2 * x2, axis=1)
-        if COPY:
+                square += tl.sum(x3 * x3, axis=1)
+            # Heads that do not exist would give 0 * inf where EPS is 0, and reach the sums for dw.
+            rstd = tl.where(inside, tl.rsqrt(square / (2 * HALF + REST) + EPS)[:, None], 0.0)
+            x1 *= rstd
+            x2 *= rstd
+            if COPY:
+                x3 *= rstd
+            if not BACKWARD:
+                y1 = x1 * w1
+                y2 = x2 * w2
+                if COPY:
+                    y3 = x3 * w3
+        y1, y2 = y1 * cos1 - y2 * sin1, y2 * cos2 + y1 * sin2
+        if BACKWARD and EPS is not None:
             if DW:
-                dw3 += y3 * x3
-            y3 *= w3
-            projected += tl.sum(y3 * x3, axis=1)
-        projected = projected[:, None] / (2 * HALF + REST)
-        y1 = rstd * (y1 - x1 * projected)
-        y2 = rstd * (y2 - x2 * projected)
+                dw1 += y1 * x1
+                dw2 += y2 * x2
+            y1 *= w1
+            y2 *= w2
+            projected = tl.sum(y1 * x1 + y2 * x2, axis=1)
+            if COPY:
+                if DW:
+                    dw3 += y3 * x3
+                y3 *= w3
+                projected += tl.sum(y3 * x3, axis=1)
+            projected = projected[:, None] / (2 * HALF + REST)
+            y1 = rstd * (y1 - x1 * projected)
+            y2 = rstd * (y2 - x2 * projected)
+            if COPY:
+                y3 = rstd * (y3 - x3 * projected)
+        _store_pair(out_at, y1, y2, inside, HALF, BLOCK_HALF, INTERLEAVED)
         if COPY:
-            y3 = rstd * (y3 - x3 * projected)
-    _store_pair(at, y1, y2, inside, HALF, BLOCK_HALF, INTERLEAVED)
-    if COPY:
-        column = tl.arange(0, BLOCK_REST)[None, :]
-        to = at + 2 * HALF + column
-        tl.store(to, y3.to(at.dtype.element_ty), mask=inside & (column < REST))
+            at = out_at + 2 * HALF + column
+            tl.store(at, y3.to(out_ptr.dtype.element_ty), mask=inside_rest)
     return dw1, dw2, dw3
 
 
@@ -250,7 +246,6 @@ def _rotate(
     G: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    TURNS: tl.constexpr,
     COPY_Q: tl.constexpr,
     COPY_K: tl.constexpr,
     HALF: tl.constexpr,
@@ -263,6 +258,16 @@ def _rotate(
     STAGES: tl.constexpr,
 ):
     """`in` is what is rotated: forward's q and k, or their gradients; q and k, forward's inputs."""
+    q_strides = (
+        (q_in_token_stride, q_in_head_stride),
+        (q_out_token_stride, q_out_head_stride),
+        (q_token_stride, q_head_stride),
+    )
+    k_strides = (
+        (k_in_token_stride, k_in_head_stride),
+        (k_out_token_stride, k_out_head_stride),
+        (k_token_stride, k_head_stride),
+    )
     DW: tl.constexpr = dw_ptr is not None
     SUM: tl.constexpr = dw_ptr.dtype.element_ty if dw_ptr is not None else tl.float32
     dq1 = tl.zeros((BLOCK_H, BLOCK_HALF), SUM)
@@ -284,54 +289,16 @@ def _rotate(
         if BACKWARD:  # the transpose: each meets the other's sine, negated
             sin1, sin2 = -sin2, -sin1
         table = (cos1, sin1, cos2, sin2)
-        if LONG:
-            token = token.to(tl.int64)
-        for first in tl.static_range(TURNS):
-            h = first * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-            g = first * BLOCK_G + tl.arange(0, BLOCK_G)[:, None]
-            is_q, is_k = h < H, g < G
-            if LONG:
-                h = h.to(tl.int64)
-                g = g.to(tl.int64)
-            # k is read before q is written: one wait for memory a turn.
-            if first * BLOCK_H < H:
-                strides = (q_in_token_stride, q_in_head_stride)
-                yq = _read(
-                    *(q_in_ptr, h, token, strides, is_q, COPY_Q),
-                    *(HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED),
-                )
-                xq = yq
-                if BACKWARD and EPS_Q is not None:
-                    strides = (q_token_stride, q_head_stride)
-                    xq = _read(
-                        *(q_ptr, h, token, strides, is_q, COPY_Q),
-                        *(HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED),
-                    )
-            if first * BLOCK_G < G:
-                strides = (k_in_token_stride, k_in_head_stride)
-                yk = _read(
-                    *(k_in_ptr, g, token, strides, is_k, COPY_K),
-                    *(HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED),
-                )
-                xk = yk
-                if BACKWARD and EPS_K is not None:
-                    strides = (k_token_stride, k_head_stride)
-                    xk = _read(
-                        *(k_ptr, g, token, strides, is_k, COPY_K),
-                        *(HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED),
-                    )
-            if first * BLOCK_H < H:
-                to = q_out_ptr + (token * q_out_token_stride + h * q_out_head_stride)
-                dq1, dq2, dq3 = _turn(
-                    *(yq, xq, to, is_q, wq, (dq1, dq2, dq3), table, EPS_Q, COPY_Q),
-                    *(HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED, BACKWARD, DW),
-                )
-            if first * BLOCK_G < G:
-                to = k_out_ptr + (token * k_out_token_stride + g * k_out_head_stride)
-                dk1, dk2, dk3 = _turn(
-                    *(yk, xk, to, is_k, wk, (dk1, dk2, dk3), table, EPS_K, COPY_K),
-                    *(HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED, BACKWARD, DW),
-                )
+        dq1, dq2, dq3 = _heads(
+            *(q_in_ptr, q_ptr, q_out_ptr, wq, dq1, dq2, dq3, token, table, q_strides),
+            *(EPS_Q, H, BLOCK_H, COPY_Q, HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED),
+            *(BACKWARD, DW, LONG),
+        )
+        dk1, dk2, dk3 = _heads(
+            *(k_in_ptr, k_ptr, k_out_ptr, wk, dk1, dk2, dk3, token, table, k_strides),
+            *(EPS_K, G, BLOCK_G, COPY_K, HALF, BLOCK_HALF, REST, BLOCK_REST, INTERLEAVED),
+            *(BACKWARD, DW, LONG),
+        )
     if DW:
         at = dw_ptr + program * (2 * (2 * HALF + REST))
         if wq_ptr is not None:
@@ -343,11 +310,10 @@ def _rotate(
 
 
 class _Blocks(NamedTuple):
-    """The padded sizes of a launch, the turns in which it takes a token's heads, and its warps."""
+    """The padded sizes of a launch and its warps."""
 
     q_heads: int
     k_heads: int
-    turns: int
     half: int
     rest: int
     warps: int
@@ -357,11 +323,10 @@ class _Blocks(NamedTuple):
 def _blocks(H: int, G: int, half: int, rest: int, share: _Share) -> _Blocks:
     block_half, block_rest = power_of_2(half), power_of_2(rest)
     most_heads = max(1, share.program // max(block_half, block_rest // 2))
-    turns = cdiv(max(H, G), most_heads)
-    q_heads, k_heads = (power_of_2(cdiv(n, turns)) for n in (H, G))
+    q_heads, k_heads = (min(most_heads, power_of_2(n)) for n in (H, G))
     pairs = max(q_heads, k_heads) * power_of_2(half + rest // 2)
     warps = pairs // (32 * share.thread)
-    return _Blocks(q_heads, k_heads, turns, block_half, block_rest, min(8, max(1, warps)))
+    return _Blocks(q_heads, k_heads, block_half, block_rest, min(8, max(1, warps)))
 
 
 def _launch(
@@ -397,8 +362,7 @@ def _launch(
     require_unit_last(q=q_in, k=k_in, forward_q=q, forward_k=k, out_q=q_out, out_k=k_out)
     require_unit_last(cos=cos_PR, sin=sin_PR, q_weight=wq, k_weight=wk)
     summing = need_dw and not (wq is None and wk is None)
-    share = SUMMING if summing else NORM_BACKWARD if backward and any(norms) else PLAIN
-    blocks = _blocks(H, G, R // 2, K - R, share)
+    blocks = _blocks(H, G, R // 2, K - R, SUMMING if summing else SHARE)
     tokens_each, stages, dw_2K = 1, 1, None
     if summing:
         stages = stages_ahead(2 * (H + G) * K * q_in.element_size())
@@ -443,7 +407,6 @@ def _launch(
                 "G": G,
                 "BLOCK_H": blocks.q_heads,
                 "BLOCK_G": blocks.k_heads,
-                "TURNS": blocks.turns,
                 "COPY_Q": K > R and (q_norm is not None or not _same_place(q_in, q_out)),
                 "COPY_K": K > R and (k_norm is not None or not _same_place(k_in, k_out)),
                 "HALF": R // 2,
