@@ -31,6 +31,7 @@ from .context import (
     cut,
     join,
     seeds_of,
+    together,
 )
 from .lossy import BLOCK, pack, unpack
 from .rotation import Rotation, Statistics
@@ -122,6 +123,17 @@ class AttentionBlock:
         """What `_project` and `_finish` make again."""
         names = () if "qkv" in saved else ("_t_qkv", "_statistics_x")
         return tuple(n for n in (*names, *self.output.again(saved, output=output)) if n in saved)
+
+    def identity(self) -> tuple[object, ...] | None:
+        """See `StreamBlock`."""
+        groups = together(self.qkv.identity(), self.o.identity())
+        if self.nf4_kv or (self.v_bias is not None and self.v_bias.requires_grad):
+            return None  # `centre` is made of the bias outside
+        bias = None if self.v_bias is None else self.v_bias._version
+        norms = [view.identity() for view in self.norm_views]
+        attend = self.attend
+        over = (attend.shape, attend.sequences, attend.backend, attend.deterministic)
+        return groups and (groups, *norms, self.context, self.rotation.identity(), bias, *over)
 
     def gradient_room(self, tokens: int, dtype: torch.dtype) -> Tensor | None:
         """Where the gradient of this block's output is best put; None where it does not matter."""

@@ -37,6 +37,10 @@ class NormView:
         """Every tensor that autograd may ask a gradient for."""
         return [t for t in (self.weight, self.bias) if t is not None]
 
+    def identity(self) -> tuple[object, ...]:
+        """What must be equal, tensors apart, for what was recorded of it to hold."""
+        return self.kind, self.eps, self.offset, self.weight is None, self.bias is None
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BlockContext:
@@ -63,6 +67,11 @@ class BlockContext:
     def op(self, name: str) -> Any:
         """The implementation of an op, as `hotloop_core.kernels` declares it."""
         return implementation(name, self.device, self.ops.get(name))
+
+
+def together(*identities: tuple[object, ...] | None) -> tuple[object, ...] | None:
+    """All of them, or None where one is None: what holds that cannot be recorded."""
+    return None if None in identities else identities
 
 
 def cut(value: Any, rows: slice | None) -> Any:

@@ -14,7 +14,16 @@ import torch
 
 from hotloop_engine.ops.lora_linear import GradientSink, LinearGroup, draw_seeds
 
-from .context import BlockContext, Norm, NormedInput, NormView, ResidualOutput, Saved, cut
+from .context import (
+    BlockContext,
+    Norm,
+    NormedInput,
+    NormView,
+    ResidualOutput,
+    Saved,
+    cut,
+    together,
+)
 
 if TYPE_CHECKING:
     from hotloop_core.kernels import Activation
@@ -100,6 +109,12 @@ class MlpBlock:
         """What `_project` and, behind a norm, `_finish` make again."""
         names = () if "gate_up" in saved else ("_t_gate_up", "_statistics_x_mid")
         return tuple(n for n in (*names, *self.output.again(saved, output=output)) if n in saved)
+
+    def identity(self) -> tuple[object, ...] | None:
+        """See `StreamBlock`."""
+        groups = together(self.gate_up.identity(), self.down.identity())
+        norms = [view.identity() for view in self.norm_views]
+        return groups and (groups, *norms, self.context, self.activation)
 
     def gradient_room(self, tokens: int, dtype: torch.dtype) -> Tensor | None:
         """Where the gradient of this block's output is best put; None where it does not matter."""

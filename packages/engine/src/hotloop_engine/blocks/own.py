@@ -154,6 +154,10 @@ class OwnBlock:
         name = f"_statistics_{self._out}"
         return (name,) if name in saved and self._out not in saved else ()
 
+    def identity(self) -> None:
+        """None: what a family's own block queues is not known here."""
+        return
+
     def gradient_room(self, tokens: int, dtype: torch.dtype) -> Tensor | None:
         """None: the gradient may lie anywhere."""
         return None

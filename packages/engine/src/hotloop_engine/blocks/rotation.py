@@ -48,6 +48,11 @@ class Rotation:
         """Whether there is a norm, whose backward needs q and k as they were before it."""
         return self.q_norm is not None or self.k_norm is not None
 
+    def identity(self) -> tuple[object, ...]:
+        """What must be equal for what was recorded of it to hold."""
+        tables = [(table.data_ptr(), table.shape, table.stride()) for table in self._tables]
+        return (*tables, self._interleaved, self.over)
+
     def turn_(self, q_THK: Tensor, k_TGK: Tensor) -> None:
         """Only the rotation, in place."""
         self._rope.forward(

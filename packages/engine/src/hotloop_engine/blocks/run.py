@@ -47,6 +47,10 @@ class StreamBlock(Protocol):
         """The small tensors in `saved` that will be made again: with what is missing in it, and with the output."""
         ...
 
+    def identity(self) -> tuple[object, ...] | None:
+        """What must be equal for what was recorded of this block to hold, `tensors` apart; None: do not record it."""
+        ...
+
     def gradient_room(self, tokens: int, dtype: torch.dtype) -> Tensor | None:
         """A buffer [T, at least D] in which this block likes to find its dy, so that it need not copy it, or None."""
         ...
@@ -109,7 +113,7 @@ def run_blocks(
     wants = x_TD.requires_grad or any(tensor.requires_grad for tensor in tensors)
     with torch.autocast(x_TD.device.type, enabled=False):
         if torch.is_grad_enabled() and wants:
-            run = Run(blocks, plan, around)
+            run = Run(blocks, plan, around=around)
             return _Blocks.apply(run, x_TD, *tensors), run
         with torch.no_grad():
             if around.fetch is not None:
@@ -123,11 +127,19 @@ _ROOM = "_hotloop_room"
 """Marks a buffer in which a layer left its dx with room beside it: what lies there is nobody else's."""
 
 
+def ran_twice(where: str) -> str:
+    """What a second backward is told."""
+    return (
+        f"{where}: backward ran a second time through the same forward. Its saved tensors were released when the first "
+        "had used them; run forward again, or add the losses before one backward."
+    )
+
+
 class Run:
     """One pass through the blocks of one layer: what backward still needs, and where that is."""
 
     def __init__(
-        self, blocks: Sequence[StreamBlock], plan: LayerPlan, around: Surroundings
+        self, blocks: Sequence[StreamBlock], plan: LayerPlan = KEEP_ALL, *, around: Surroundings
     ) -> None:
         self.blocks, self.plan, self.around = blocks, plan, around
         self.saved: Saved | None = {}
@@ -165,10 +177,7 @@ class Run:
     def backward(self, dy_TD: Tensor, sink: GradientSink, need_dx: bool) -> Tensor | None:
         """Returns dx."""
         if self.saved is None:
-            raise PlanError(
-                f"{self.around.where}: backward ran a second time through the same forward. Its saved tensors were "
-                "released when the first had used them; run forward again, or add the losses before one backward."
-            )
+            raise PlanError(ran_twice(self.around.where))
         saved = self.saved
         if self.input is Placement.RECOMPUTE:
             self._input(0)  # brings the weights of layers below; this layer's come after

@@ -5,7 +5,7 @@ output, which `torch.addmm` copies first and rounds the product for, and it lets
 middle of a step (`chosen.py`, `trial.py`, decision 0022). All else is torch's.
 """
 
-from .chosen import library_version
+from .chosen import library_version, prepare_stream
 from .products import gemm, matmul_to
 
-__all__ = ["gemm", "library_version", "matmul_to"]
+__all__ = ["gemm", "library_version", "matmul_to", "prepare_stream"]

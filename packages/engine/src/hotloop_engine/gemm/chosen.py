@@ -172,6 +172,14 @@ class Device:
         ]
 
 
+def prepare_stream(stream: torch.cuda.Stream) -> None:
+    """Gives the products of a stream their workspace now: one that is made in a recording lies in that one's memory."""
+    with torch.cuda.device(stream.device):
+        device = _device(stream.device_index)
+        if device is not None:
+            device.workspace(stream.cuda_stream)
+
+
 _devices: dict[int, Device] = {}
 _known: dict[tuple[object, ...], Known | None] = {}
 

@@ -48,6 +48,7 @@ def wire(
     ops: Mapping[str, str] | None = None,
     attention: str | None = None,
     deterministic: bool = False,
+    cuda_graphs: bool = True,
     registry: Registry | None = None,
 ) -> Receipt:
     """Replaces what runs underneath a transformers model; the model, its parameters and its API stay.
@@ -61,6 +62,8 @@ def wire(
         ops: op name -> implementation name ("reference", "triton", a plugin's); the rest is chosen by the device.
         attention: a backend's name, instead of the fastest that can.
         deterministic: only attention backends whose backward gives the same bits every time.
+        cuda_graphs: whether layers are recorded as CUDA graphs, once batches that divide alike have come eight times,
+            where memory for it is free. Small batches are then not bound by the host; the bits are the same.
         registry: what is installed; None looks.
 
     Returns:
@@ -98,6 +101,7 @@ def wire(
         attention,
         deterministic,
         homes=homes_of(root),
+        cuda_graphs=cuda_graphs,
     )
     layers = _layers(root, spec, facts)
     left_alone = _check(root, layers, spec, shared, config)

@@ -24,7 +24,8 @@ from .views import norm_view, plain_module
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from hotloop_engine.blocks import NormView, StreamBlock
+    from hotloop_engine.attention import Sequences
+    from hotloop_engine.blocks import Kind, NormView, StreamBlock
     from hotloop_engine.ops.lora_linear import LinearView
     from torch import Tensor
 
@@ -43,9 +44,15 @@ class Builder:
     """One layer at one call, with its modules as a guard has them. What did not change since the last is reused."""
 
     def __init__(
-        self, state: LayerState, guard: Guard, hidden: Tensor, kwargs: Mapping[str, Any]
+        self,
+        state: LayerState,
+        guard: Guard,
+        hidden: Tensor,
+        kwargs: Mapping[str, Any],
+        kind: Kind | None = None,
     ) -> None:
-        self._state = state
+        """kind: of the batch, where the blocks are to read its tables and offsets where recordings do."""
+        self._state, self._kind = state, kind
         self._modules, self._projections = guard.modules, guard.projections
         self._hidden, self._kwargs = hidden, kwargs
         shared, dtype, device = state.shared, compute_dtype(hidden), hidden.device
@@ -86,7 +93,11 @@ class Builder:
             into, v_bias = [self._view("qkv")], None
         cos, sin = self._tables()
         if not attention.rotary:  # two dimensions turned by nothing: every bit stays
-            cos, sin = cos.new_ones(1, 2), sin.new_zeros(1, 2)
+            cos, sin = self._once(
+                "unturned",
+                (cos.dtype, cos.device),
+                lambda: (cos.new_ones(1, 2), sin.new_zeros(1, 2)),
+            )
         return AttentionBlock(
             self._context,
             self._attend(),
@@ -156,13 +167,19 @@ class Builder:
                 window=facts.windows[index],
                 softcap=facts.attention_softcap,
             ),
-            sequences=shared.sequences(self._hidden, self._kwargs),
+            sequences=self._sequences(),
             backend=shared.backend,
             deterministic=shared.deterministic,
         )
 
+    def _sequences(self) -> Sequences:
+        given = self._state.shared.sequences(self._hidden, self._kwargs)
+        return given if self._kind is None else self._kind.over(given)
+
     def _tables(self) -> tuple[Tensor, Tensor]:
         cos, sin = self._kwargs["position_embeddings"]
+        if self._kind is not None:
+            return self._kind.tables(self._state.index, cos, sin)
         return cos.reshape(-1, cos.shape[-1]), sin.reshape(-1, sin.shape[-1])
 
     def _norm(self, role: str) -> NormView | None:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from hotloop_core import Attention, CustomBlock, LayerSpec, ModelFacts, Plan
 from hotloop_core.errors import UnsupportedError
+from hotloop_core.plan import saved_tensors
 from hotloop_engine.attention import Sequences
-from hotloop_engine.blocks import Surroundings, run_blocks
+from hotloop_engine.blocks import Recorder, Surroundings, run_blocks, run_recorded
 from hotloop_engine.ops.lora_linear import LinearGroup
 from torch import Tensor, nn
 
@@ -45,7 +46,9 @@ class Shared:
     backend: str | None
     deterministic: bool
     homes: Homes | None = None
+    cuda_graphs: bool = True
     waiting: Waiting = field(init=False)
+    _recorder: Recorder | None = field(default=None, repr=False)
     _known: tuple[tuple[Any, ...], Sequences] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -71,8 +74,30 @@ class Shared:
         self._known = (_identity(sources, hidden.shape[:2]), found)
         return found
 
+    @property
+    def recorder(self) -> Recorder:
+        """What is recorded of this model's layers."""
+        if self._recorder is None:
+            self._recorder = Recorder(room=self._room, need=self._need)
+        return self._recorder
+
+    def _room(self) -> int:
+        """Bytes that recordings may take: what a plan leaves of its budget; else a tenth of the card, if it is free."""
+        if self.plan.budget is not None:
+            return self.plan.budget - self.plan.peak_bytes
+        free, total = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return min(total // 10, free // 2)
+
+    def _need(self, tokens: int) -> int:
+        """Bytes of a recorded pass: what waits for backward, and what layers hand to each other both ways."""
+        facts, width = self.facts, 2
+        of_layer = 3 * width * facts.hidden_size
+        of_layer += sum(width * s.elements + s.extra_bytes for s in saved_tensors(facts))
+        return tokens * of_layer * facts.layers
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": None}
+        return {**self.__dict__, "_known": None, "_recorder": None}
 
 
 def sequences_of(
@@ -180,6 +205,10 @@ def forward(
     waiting.start_head(state.index)
     try:
         guard = _check_call(layer, state, kwargs)
+        recorded = _recorded(layer, state, guard, hidden_states, kwargs)
+        if recorded is not None:
+            waiting.passed(recorded, None)
+            return recorded
         blocks = Builder(state, guard, hidden_states, kwargs).blocks()
     except Refusal as refusal:
         if refusal.name not in state.shared.allow_eager:
@@ -196,6 +225,21 @@ def forward(
     y = y_TD.view(hidden_states.shape)
     waiting.passed(y, run)
     return y
+
+
+def _recorded(
+    layer: nn.Module, state: LayerState, guard: Guard, hidden: Tensor, kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """What the layer gives, by its recording; None where this pass, or this layer, is not recorded."""
+    kind = state.shared.recorder.now
+    if (
+        kind is None or _foreign_hook(layer) is not None
+    ):  # a hook may keep what the next pass overwrites
+        return None
+    blocks = Builder(state, guard, hidden, kwargs, kind).blocks()
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    y_TD = run_recorded(kind.layer(state.index), blocks, state.path, flat)
+    return None if y_TD is None else y_TD.view(hidden.shape)
 
 
 def _needs_own_path(layer: nn.Module, state: LayerState, kwargs: Mapping[str, Any]) -> bool:
@@ -295,9 +339,14 @@ def check_modules(layer: nn.Module) -> None:
             raise Refusal("offload", f"{name}: accelerate's {type(own['_hf_hook']).__name__}")
         if "forward" in own:
             raise Refusal("hooks", f"{name}: a forward that somebody put on the instance")
-        for kind in _HOOKS:
-            for hook in own[kind].values():
-                if not getattr(hook, "__module__", "").startswith(_CAPTURE):
-                    raise Refusal(
-                        "hooks", f"{name}: a hook {getattr(hook, '__qualname__', hook)!r}"
-                    )
+        hook = _foreign_hook(module)
+        if hook is not None:
+            raise Refusal("hooks", f"{name}: a hook {getattr(hook, '__qualname__', hook)!r}")
+
+
+def _foreign_hook(module: nn.Module) -> Callable[..., Any] | None:
+    """The first hook on a module that is not transformers' own."""
+    own = module.__dict__
+    hooks = chain.from_iterable(own[kind].values() for kind in _HOOKS)
+    foreign = (h for h in hooks if not getattr(h, "__module__", "").startswith(_CAPTURE))
+    return next(foreign, None)

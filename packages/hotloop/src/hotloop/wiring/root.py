@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from hotloop_core.errors import DataError, UnsupportedError
 from hotloop_core.kernels import HeadLossOptions
+from hotloop_core.plan import KEEP_ALL
+from hotloop_engine.blocks import can_record
 from hotloop_engine.ops.linear_cross_entropy import (
     TrainedRows,
     linear_cross_entropy,
@@ -130,12 +132,39 @@ def forward(root: nn.Module, own_forward: Callable[..., Any], *args: Any, **kwar
             _plan_for(root, state, kwargs.get(SEQUENCES))
     elif _records(root):
         kwargs[CACHES] = True
-    shifted = kwargs.get("shift_labels")
-    if request is not None:
-        return _fused(root, state, request, kwargs)
-    if (labels is None and shifted is None) or cached or not _plain_loss(root):
+    recorder = state.shared.recorder
+    with recorder.passing(None if cached else _to_record(root, state, kwargs), *_autocast()):
+        if request is not None:
+            return _fused(root, state, request, kwargs)
+        trains = labels is not None or kwargs.get("shift_labels") is not None
+        if trains and not cached and _plain_loss(root) and _fused_head(root):
+            return _with_loss(root, state, kwargs)
         return own_forward(**kwargs)
-    return _with_loss(root, state, kwargs) if _fused_head(root) else own_forward(**kwargs)
+
+
+def _to_record(root: Any, state: RootState, kwargs: Mapping[str, Any]) -> Sequences | None:
+    """The batch's sequences, where its layers may run by recordings.
+
+    All is kept on the card, and nobody asks what a layer gave, which the next pass overwrites.
+    """
+    shared, sequences = state.shared, kwargs.get(SEQUENCES)
+    asked = ("output_hidden_states", "output_attentions")
+    if (
+        sequences is None
+        or not sequences.tokens
+        or not (shared.cuda_graphs and _records(root) and can_record(sequences.device))
+        or any(kwargs.get(name, getattr(root.config, name, False)) for name in asked)
+        or shared.homes is not None
+        or shared.plan.tile
+        or any(layer != KEEP_ALL for layer in shared.plan.layers)
+    ):
+        return None
+    return sequences
+
+
+def _autocast() -> tuple[object, ...]:
+    enabled = torch.is_autocast_enabled("cuda")
+    return (enabled, torch.get_autocast_dtype("cuda") if enabled else None)
 
 
 def _fused_head(root: Any) -> bool:

@@ -85,6 +85,16 @@ class LinearGroup:
             isinstance(view.weight, Tensor) and view.weight.dtype != dtype for view in self.views
         )
 
+    def identity(self) -> tuple[object, ...] | None:
+        """Equal where a recording of this group's passes holds for another; None where it must not be recorded.
+
+        Dropout draws anew for each pass, a trained base has gradients too large to hold twice, and what stays
+        dequantised may be given back.
+        """
+        if self.drops or self.trains_base or self.operand.stays:
+            return None
+        return tuple(view.identity() for view in self.views)
+
     def tensors(self) -> list[Tensor]:
         """Every tensor that autograd may ask a gradient for."""
         return self._tensors

@@ -24,7 +24,7 @@ class Operand:
     def __init__(self, group: LinearGroup) -> None:
         self._group = group
         self._held: list[Tensor] | None = None
-        self._stays = False
+        self.stays = False
         self._kept: Tensor | None = None
 
     @property
@@ -37,8 +37,8 @@ class Operand:
 
         Of 4-bit weights alone: those cannot be changed in place, as by merging an adapter into a 16-bit one.
         """
-        self._stays = wanted and self._group.quantised
-        if not self._stays:
+        self.stays = wanted and self._group.quantised
+        if not self.stays:
             self._kept = None
 
     @contextmanager
@@ -56,7 +56,7 @@ class Operand:
         if e is None:
             e = self._new()
             # What is made in inference mode could not be written to in training.
-            if self._stays and not torch.is_inference_mode_enabled():
+            if self.stays and not torch.is_inference_mode_enabled():
                 self._kept = e
         elif not backward:
             self._adapters_into(e)
