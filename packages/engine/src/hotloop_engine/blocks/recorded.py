@@ -81,6 +81,7 @@ class Kind:
 
     def __init__(self) -> None:
         self.passes = 0
+        self._begun = 0
         self.refused = False
         self.bytes = 0
         self.passing: Pass | None = (
@@ -91,7 +92,7 @@ class Kind:
         self.layers: dict[int, Recording] = {}
         self._tables: list[_Table] = []
         self._table_of: dict[int, _Table] = {}
-        self.pool: Any = None
+        self._pool: Any = None
 
     @property
     def busy(self) -> bool:
@@ -107,6 +108,7 @@ class Kind:
             self.sequences.__dict__["fresh"] = given.fresh  # the same backend as before
         else:
             self.sequences.cu_seqlens.copy_(given.cu_seqlens)
+        self._begun += 1
         self.passing = Pass()
         self._last = weakref.ref(self.passing)
 
@@ -142,10 +144,12 @@ class Kind:
         self, work: Callable[[], list[Tensor]], where: str
     ) -> tuple[Replay, list[Tensor]] | None:
         """Records what `work` queues, which is not run; returns that and what `work` returned. None if it cannot be."""
-        if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
+        # Recorded in one pass, layers share what is free in between. One that is recorded later must not: what it keeps
+        # would lie where graphs of layers behind it put what they need for a moment.
+        if self._begun > 1 or self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
         try:
-            return graphs.capture(work, self.pool)
+            return graphs.capture(work, self._pool)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             warnings.warn(
                 f"{where}: could not be recorded as a CUDA graph ({error}); batches of this kind run without. "

@@ -82,12 +82,15 @@ class Shared:
         return self._recorder
 
     def _room(self) -> int:
-        """Bytes that recordings may take: what a plan leaves of its budget; else a tenth of the card, if it is free."""
-        if self.plan.budget is not None:
-            return self.plan.budget - self.plan.peak_bytes
+        """Bytes that recordings may take: a sixteenth of the card, of what is free half, and what a budget leaves.
+
+        A batch that needs more keeps a card of that size busy for as long as the host takes.
+        """
         free, total = torch.cuda.mem_get_info()
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return min(total // 10, free // 2)
+        room = min(total // 16, free // 2)
+        plan = self.plan
+        return room if plan.budget is None else min(room, plan.budget - plan.peak_bytes)
 
     def _need(self, tokens: int) -> int:
         """Bytes of a recorded pass: what waits for backward, and what layers hand to each other both ways."""
