@@ -29,7 +29,7 @@ from .norm import NormState, leaf_norms
 from .receipt import Receipt, Swap, check_plan
 from .root import RootState
 from .targets import load_target
-from .views import EXCEPTIONS, Refusal, linear_view, plain_module, refuse
+from .views import EXCEPTIONS, Refusal, check_path, linear_view, plain_module, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -181,8 +181,8 @@ def _check(
     left_alone: dict[str, str] = {}
     for index, layer in enumerate(layers):
         path = f"{spec.layers}.{index}"
-        check_layer(path, layer, spec.layer_spec(config, index))
         try:
+            check_layer(path, layer, spec.layer_spec(config, index))
             _check_modules(path, layer, spec.layer_spec(config, index), shared)
         except Refusal as refusal:
             if refusal.name not in shared.allow_eager:
@@ -196,6 +196,7 @@ def check_layer(path: str, layer: nn.Module, spec: LayerSpec) -> None:
 
     Raises:
         WireError, UnsupportedError: what is missing, left over or not supported, by path.
+        Refusal: PEFT stands around a whole block.
     """
     attention, mlp = spec.attention, spec.mlp
     if not (isinstance(attention, Attention | CustomBlock) and isinstance(mlp, Glu | CustomBlock)):
@@ -213,6 +214,8 @@ def check_layer(path: str, layer: nn.Module, spec: LayerSpec) -> None:
     doubled = {p for p in paths.values() if list(paths.values()).count(p) > 1}
     if doubled:
         raise WireError(f"{path}: the description claims {', '.join(sorted(doubled))} twice")
+    for inner in paths.values():
+        check_path(layer, inner)
     names = {name for name, _ in layer.named_modules()}
     missing = {role: p for role, p in paths.items() if p not in names}
     if missing:

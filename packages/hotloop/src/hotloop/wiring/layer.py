@@ -20,7 +20,7 @@ from .build import Builder
 from .classes import STATE, role
 from .masks import LazyMask
 from .projection import Projection
-from .views import FourBitCache, Refusal, refuse
+from .views import FourBitCache, Refusal, check_path, refuse
 from .waiting import Waiting
 
 if TYPE_CHECKING:
@@ -245,6 +245,8 @@ def _check_call(layer: nn.Module, state: LayerState, kwargs: Mapping[str, Any]) 
         raise Refusal("attention-dropout", f"attention_dropout={shared.facts.attention_dropout}")
     if state.guard is None or not state.guard.holds(layer):
         check_modules(layer)
+        for path in state.paths.values():
+            check_path(layer, path)
         state.guard = Guard(layer, state.paths, state.spec.projections.keys(), state.four_bit)
     return state.guard
 
