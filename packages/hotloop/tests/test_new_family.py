@@ -68,6 +68,7 @@ def test_interleaved_rotations_and_switches_of_biases_are_found():
     need("internlm3")
     ernie, seed, intern = (guess(name).family for name in ("ernie4_5", FREE, "internlm3"))
     assert ernie.layer.attention.interleaved and ernie.layer.mlp.bias == "use_bias"
+    assert ernie.keys.defaults["rope_theta"] == 5e5  # of a config.json that does not say it
     assert (intern.layer.attention.o_bias, intern.layer.mlp.bias) == ("attention_bias", "mlp_bias")
     assert seed.layer.attention.o_bias == "attention_out_bias"
     assert seed.keys.refused.keys() == {"residual_dropout"}
