@@ -84,4 +84,6 @@ def taken(small: Tiny, key: str) -> dict[str, Any]:
     local = value.get("sliding_attention")
     rope = value.get("full_attention", value)
     keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {k: v for k, v in rope.items() if k not in keys}
     return keys if local is None else {**keys, "rope_local_base_freq": local["rope_theta"]}
