@@ -55,8 +55,8 @@ def wire(
     Args:
         model: a ...ForCausalLM, or a PEFT model over one. Adapters may come before or after.
         plan: where the tensors that backward needs live; None keeps all (`hotloop.plan` makes one that fits).
-        allow_eager: names of what may run through the model's own code where a block cannot do it (see EXCEPTIONS);
-            anything else is refused.
+        allow_eager: one name or several of what may run through the model's own code where a block cannot do it (see
+            EXCEPTIONS); anything else is refused.
         family: which family describes the model, where several plugins claim it.
         ops: op name -> implementation name ("reference", "triton", a plugin's); the rest is chosen by the device.
         attention: a backend's name, instead of the fastest that can.
@@ -72,7 +72,8 @@ def wire(
             or an argument names what there is not.
         PlanError: the plan is for another model.
     """
-    unknown = set(allow_eager) - set(EXCEPTIONS)
+    allowed = {allow_eager} if isinstance(allow_eager, str) else set(allow_eager)
+    unknown = allowed - set(EXCEPTIONS)
     if unknown:
         raise WireError(
             f"allow_eager: no exception is called {', '.join(sorted(unknown))}; expected some of "
@@ -93,7 +94,7 @@ def wire(
     shared = Shared(
         facts,
         plan,
-        frozenset(allow_eager),
+        frozenset(allowed),
         dict(ops or {}),
         attention,
         deterministic,
