@@ -252,6 +252,34 @@ def test_norms_that_peft_trains_are_wired_and_given_back(wire_first):
     assert_same(found, loss_and_gradients(model, batch()))
 
 
+@pytest.mark.parametrize("wire_first", [True, False])
+def test_a_block_that_peft_trains_whole_is_refused_or_runs_and_is_disabled_as_in_peft(wire_first):
+    def made(allow_eager=(), saved=("mlp",)):
+        model = llama()
+        if wire_first:
+            wire(model, allow_eager=allow_eager)
+        model = with_lora(model, target_modules=["q_proj"], modules_to_save=list(saved))
+        if not wire_first:
+            wire(model, allow_eager=allow_eager)
+        return model
+
+    with pytest.raises(WireError, match="around the whole of mlp"):
+        made()(**batch())
+    model = made({"adapter-kind"})
+    for part in (model, made(saved=("gate_proj", "up_proj", "down_proj"))):
+        with torch.no_grad():
+            for name, parameter in part.named_parameters():
+                if "modules_to_save" in name:
+                    parameter.mul_(1.5)
+        found = loss_and_gradients(part, batch())
+        with part.disable_adapter():
+            base = part(**batch()).loss
+        receipt_of(part).undo()
+        assert_same(found, loss_and_gradients(part, batch()))
+        with part.disable_adapter():
+            torch.testing.assert_close(base, part(**batch()).loss)
+
+
 def test_a_pickle_brings_its_attention_name_to_a_process_that_lacks_it(monkeypatch):
     model = llama()
     wire(model)

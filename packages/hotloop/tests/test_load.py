@@ -223,6 +223,9 @@ def test_sequences_beyond_the_positions_need_rope_scaling(tiny_llama):
     assert model.config.rope_parameters["rope_theta"] == 10000.0
     with pytest.raises(ConfigError, match="512 positions"):
         plain(tiny_llama, max_seq_len=513, rope_scaling=scaling)
+    for nothing in (None, 0):
+        with pytest.raises(ConfigError, match=f"max_seq_len={nothing}; expected"):
+            plain(tiny_llama, max_seq_len=nothing)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a card says")

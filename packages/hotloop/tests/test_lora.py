@@ -71,7 +71,8 @@ def test_targets_are_roles_names_or_an_expression(base, targets, names):
     [
         ({"targets": ["q_porj"]}, "Did you mean 'q_proj'"),
         ({"targets": r"nothing.*"}, "matches no module"),
-        ({"targets": []}, "empty"),
+        ({"targets": []}, r"targets=\[\]; name at least one module"),
+        ({"targets": None}, "targets=None; name at least one module"),
         ({"r": 0}, "r >= 1"),
         ({"dropout": 1.0}, "dropout < 1"),
     ],

@@ -12,7 +12,9 @@ import pytest
 import typer
 from hotloop.cli.new_family import new_family as command
 from hotloop.new_family import guess, new_family
+from hotloop.new_family.absent import ROPE, taken
 from hotloop.new_family.project import run_kit
+from hotloop.new_family.tiny import Tiny
 from hotloop.wiring.classes import STATE
 from hotloop_core import Registry, discover, facts_of
 from hotloop_core.errors import ConfigError, OutputExistsError, UnsupportedError
@@ -21,7 +23,7 @@ from typer.testing import CliRunner
 
 FREE = "seed_oss"
 """A type that no plugin of this project claims."""
-NEW = {"internlm3", "lfm3", "granite_swa", "seed_oss", "ernie4_5", "minicpm3", "ministral3"}
+NEW = {"internlm3", "lfm3", "granite_swa", "seed_oss", "ernie4_5", "minicpm3", "ministral3", "cwm"}
 """Types that the oldest transformers that we support may not have."""
 
 READ = (
@@ -68,9 +70,22 @@ def test_interleaved_rotations_and_switches_of_biases_are_found():
     need("internlm3")
     ernie, seed, intern = (guess(name).family for name in ("ernie4_5", FREE, "internlm3"))
     assert ernie.layer.attention.interleaved and ernie.layer.mlp.bias == "use_bias"
+    assert ernie.keys.defaults["rope_theta"] == 5e5  # of a config.json that does not say it
     assert (intern.layer.attention.o_bias, intern.layer.mlp.bias) == ("attention_bias", "mlp_bias")
     assert seed.layer.attention.o_bias == "attention_out_bias"
     assert seed.keys.refused.keys() == {"residual_dropout"}
+
+
+def test_a_rotation_that_the_configs_class_fills_in_is_said_by_its_older_keys():
+    need("cwm")
+    found = taken(Tiny(config_class=CONFIG_MAPPING["cwm"], arguments={}), ROPE)
+    whole = CONFIG_MAPPING["cwm"]().to_dict()
+    file = {key: value for key, value in whole.items() if key != ROPE}
+    family = discover().match({"model_type": "llama"})
+    read = replace(family, keys=replace(family.keys, defaults=found))
+    assert facts_of(read, file).rope == facts_of(family, whole).rope
+    own = {**file, "rope_theta": 7.0, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    assert facts_of(read, own).rope == {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
 
 
 @pytest.mark.parametrize(

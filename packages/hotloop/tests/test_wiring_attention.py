@@ -6,7 +6,7 @@ import pytest
 import torch
 from hotloop.wiring import wire
 from hotloop_core import plan as plans
-from hotloop_core.errors import HotloopError
+from hotloop_core.errors import DataError, HotloopError
 from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, Placement, Plan, key_heads_at_once
 from hotloop_testkit.numerics import assert_no_worse_than
 from hotloop_testkit.tiny import batch, build, gradients
@@ -54,7 +54,8 @@ def test_heads_in_groups_have_the_gradients_of_all_together(config, kind, groups
     assert all(torch.equal(kept[name], found[name]) for name in found)
 
 
-def test_a_mask_with_holes_is_refused_unless_masks_may_take_the_models_own_path():
+@pytest.mark.parametrize("allowed", [{"mask"}, "mask"])
+def test_a_mask_with_holes_is_refused_unless_masks_may_take_the_models_own_path(allowed):
     model, inputs = tiny(), batch("dense", 320)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["attention_mask"][0, 3] = 0
@@ -63,5 +64,22 @@ def test_a_mask_with_holes_is_refused_unless_masks_may_take_the_models_own_path(
     with pytest.raises(HotloopError, match="padding between its tokens"):
         model(**inputs)
     receipt.undo()
-    wire(model, allow_eager={"mask"})
+    wire(model, allow_eager=allowed)
     assert_no_worse_than(gradients(model, inputs), expected, expected, floor=2e-5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"attention_mask": torch.ones(2, 9)},
+        {"attention_mask": torch.ones(1, 13)},
+        {"position_ids": torch.arange(9)[None]},
+    ],
+    ids=["short mask", "one row of mask", "short positions"],
+)
+@pytest.mark.parametrize("part", ["model", "decoder"])
+def test_a_mask_or_positions_of_another_size_than_the_batch_are_refused(given, part):
+    model, ids = tiny(), torch.randint(3, 320, (2, 13))
+    wire(model)
+    with pytest.raises(DataError, match=r"for a batch of \(2, 13\)"):
+        (model if part == "model" else model.model)(input_ids=ids, **given, use_cache=False)

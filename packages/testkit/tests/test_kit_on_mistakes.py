@@ -155,6 +155,13 @@ MISTAKES = {
         ABSENT,
         "takes .*'num_key_value_heads': 8",
     ),
+    "a default of the rotation forgotten": (
+        GlmConfig,
+        SIZES,
+        keys(defaults={}),
+        ABSENT,
+        "takes .*'rope_theta': 10000.0, 'partial_rotary_factor': 0.5",
+    ),
     "k for q, as wide": (
         LlamaConfig,
         SAME_HEADS,

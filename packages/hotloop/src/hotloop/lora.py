@@ -138,9 +138,9 @@ def _modules(
                 f"{spec.layers}.0.{next(iter(projections(spec, model.config.to_dict()).values()))}"
             )
         return targets
-    wanted = list(by_role) if targets == "all-linear" else list(targets)
+    wanted = list(by_role) if targets == "all-linear" else list(targets or ())
     if not wanted:
-        raise ConfigError("targets is empty; name at least one module, or 'all-linear'")
+        raise ConfigError(f"targets={targets!r}; name at least one module, or 'all-linear'")
     names = [by_role.get(name, name) for name in wanted]
     for name in names:
         if name.rpartition(".")[2] not in leaves:

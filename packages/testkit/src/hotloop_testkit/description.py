@@ -118,16 +118,15 @@ class DescriptionConformance(Conformance, kit=True):
         assert not unknown, f"{type(self.tiny_config()).__name__} has no {', '.join(unknown)}"
 
     def test_a_config_json_without_a_key_is_read_as_transformers_reads_it(self) -> None:
-        from hotloop.new_family.absent import keys_read, reads_alike
+        from hotloop.new_family.absent import keys_read, reads_alike, taken
         from hotloop.new_family.kinds import without_warnings
 
         small = self._small()
         with (
             without_warnings()
         ):  # the sizes of its class's own tokens are not those of the tiny config
-            usual = small.config_class().to_dict()
-            keys = keys_read(self.spec)
-            other = {k: usual.get(k) for k in keys if not reads_alike(self.spec, small, k)}
+            unlike = [k for k in keys_read(self.spec) if not reads_alike(self.spec, small, k)]
+            other = {name: value for key in unlike for name, value in taken(small, key).items()}
         assert not other, (
             f"where a config.json lacks them, transformers takes {other}; say so in ConfigKeys.defaults, or of "
             "layer_types by window_pattern"

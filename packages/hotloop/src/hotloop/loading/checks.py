@@ -124,8 +124,10 @@ def require_vocabulary(tokenizer: PreTrainedTokenizerBase, facts: ModelFacts, wh
 
 def require_length(max_seq_len: int, facts: ModelFacts, scaled: Mapping[str, Any] | None) -> None:
     """Raises ConfigError where sequences are asked for that the model cannot position."""
-    if max_seq_len < 1:
-        raise ConfigError(f"max_seq_len={max_seq_len}; expected at least 1")
+    if not isinstance(max_seq_len, int) or max_seq_len < 1:
+        raise ConfigError(
+            f"max_seq_len={max_seq_len!r}; expected the tokens of the longest sequence, at least 1"
+        )
     limit = positions(facts, scaled)
     if max_seq_len > limit:
         scaling = {"rope_type": "yarn", "factor": float(-(-max_seq_len // facts.max_positions))}

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PATTERNS = range(2, 9)
 """Numbers n to try where every n-th layer sees everything."""
+ROPE = "rope_parameters"
+"""How heads turn; every description reads it. Files from before this key was there say it by keys of their own."""
 
 
 def fill_absent(family: FamilySpec, small: Tiny) -> tuple[FamilySpec, tuple[str, ...]]:
@@ -41,7 +43,7 @@ def fill_absent(family: FamilySpec, small: Tiny) -> tuple[FamilySpec, tuple[str,
 def keys_read(family: FamilySpec) -> list[str]:
     """The keys of the config that the description reads."""
     values = (getattr(family.keys, each.name) for each in fields(ConfigKeys))
-    return [value for value in values if isinstance(value, str)]
+    return [*(value for value in values if isinstance(value, str)), ROPE]
 
 
 def reads_alike(family: FamilySpec, small: Tiny, key: str) -> bool:
@@ -67,5 +69,21 @@ def _filled(family: FamilySpec, small: Tiny, key: str) -> list[FamilySpec]:
     keys = family.keys
     if key == keys.layer_types:
         return [replace(family, keys=replace(keys, window_pattern=n)) for n in PATTERNS]
+    defaults = {**keys.defaults, **taken(small, key)}
+    return [replace(family, keys=replace(keys, defaults=defaults))]
+
+
+def taken(small: Tiny, key: str) -> dict[str, Any]:
+    """What transformers takes for a key that is not there, as `ConfigKeys.defaults` says it.
+
+    Of a rotation by its older keys: a file that has one of them keeps it.
+    """
     value: Any = small.config_class().to_dict().get(key)
-    return [replace(family, keys=replace(keys, defaults={**keys.defaults, key: value}))]
+    if key != ROPE:
+        return {key: value}
+    local = value.get("sliding_attention")
+    rope = value.get("full_attention", value)
+    keys = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {k: v for k, v in rope.items() if k not in keys}
+    return keys if local is None else {**keys, "rope_local_base_freq": local["rope_theta"]}

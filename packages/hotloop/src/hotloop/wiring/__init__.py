@@ -29,7 +29,7 @@ from .norm import NormState, leaf_norms
 from .receipt import Receipt, Swap, check_plan
 from .root import RootState
 from .targets import load_target
-from .views import EXCEPTIONS, Refusal, linear_view, plain_module, refuse
+from .views import EXCEPTIONS, Refusal, check_path, linear_view, plain_module, refuse
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -56,8 +56,8 @@ def wire(
     Args:
         model: a ...ForCausalLM, or a PEFT model over one. Adapters may come before or after.
         plan: where the tensors that backward needs live; None keeps all (`hotloop.plan` makes one that fits).
-        allow_eager: names of what may run through the model's own code where a block cannot do it (see EXCEPTIONS);
-            anything else is refused.
+        allow_eager: one name or several of what may run through the model's own code where a block cannot do it (see
+            EXCEPTIONS); anything else is refused.
         family: which family describes the model, where several plugins claim it.
         ops: op name -> implementation name ("reference", "triton", a plugin's); the rest is chosen by the device.
         attention: a backend's name, instead of the fastest that can.
@@ -75,7 +75,8 @@ def wire(
             or an argument names what there is not.
         PlanError: the plan is for another model.
     """
-    unknown = set(allow_eager) - set(EXCEPTIONS)
+    allowed = {allow_eager} if isinstance(allow_eager, str) else set(allow_eager)
+    unknown = allowed - set(EXCEPTIONS)
     if unknown:
         raise WireError(
             f"allow_eager: no exception is called {', '.join(sorted(unknown))}; expected some of "
@@ -96,7 +97,7 @@ def wire(
     shared = Shared(
         facts,
         plan,
-        frozenset(allow_eager),
+        frozenset(allowed),
         dict(ops or {}),
         attention,
         deterministic,
@@ -185,8 +186,8 @@ def _check(
     left_alone: dict[str, str] = {}
     for index, layer in enumerate(layers):
         path = f"{spec.layers}.{index}"
-        check_layer(path, layer, spec.layer_spec(config, index))
         try:
+            check_layer(path, layer, spec.layer_spec(config, index))
             _check_modules(path, layer, spec.layer_spec(config, index), shared)
         except Refusal as refusal:
             if refusal.name not in shared.allow_eager:
@@ -200,6 +201,7 @@ def check_layer(path: str, layer: nn.Module, spec: LayerSpec) -> None:
 
     Raises:
         WireError, UnsupportedError: what is missing, left over or not supported, by path.
+        Refusal: PEFT stands around a whole block.
     """
     attention, mlp = spec.attention, spec.mlp
     if not (isinstance(attention, Attention | CustomBlock) and isinstance(mlp, Glu | CustomBlock)):
@@ -217,6 +219,8 @@ def check_layer(path: str, layer: nn.Module, spec: LayerSpec) -> None:
     doubled = {p for p in paths.values() if list(paths.values()).count(p) > 1}
     if doubled:
         raise WireError(f"{path}: the description claims {', '.join(sorted(doubled))} twice")
+    for inner in paths.values():
+        check_path(layer, inner)
     names = {name for name, _ in layer.named_modules()}
     missing = {role: p for role, p in paths.items() if p not in names}
     if missing:

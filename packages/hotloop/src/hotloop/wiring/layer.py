@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from hotloop_core import Attention, CustomBlock, LayerSpec, ModelFacts, Plan
-from hotloop_core.errors import UnsupportedError
+from hotloop_core.errors import DataError, UnsupportedError
 from hotloop_core.plan import saved_tensors
 from hotloop_engine.attention import Sequences
 from hotloop_engine.blocks import Recorder, Surroundings, run_blocks, run_recorded
@@ -21,7 +21,7 @@ from .build import Builder
 from .classes import STATE, role
 from .masks import LazyMask
 from .projection import Projection
-from .views import FourBitCache, Refusal, refuse
+from .views import FourBitCache, Refusal, check_path, refuse
 from .waiting import Waiting
 
 if TYPE_CHECKING:
@@ -114,7 +114,20 @@ def sequences_of(
     """Packing by offsets, else padding by a mask, else packing by restarting positions, else dense.
 
     As transformers does, positions count only where there is no mask.
+
+    Raises:
+        DataError: a mask or positions of another size than the batch: tokens would be left out.
     """
+    for name, given, rows in (
+        ("attention_mask", padding, (batch,)),
+        ("position_ids", positions, (1, batch)),
+    ):
+        if given is None or given.dim() != 2:
+            continue
+        if given.shape[0] not in rows or given.shape[1] != length:
+            raise DataError(
+                f"{name} of shape {tuple(given.shape)} for a batch of {(batch, length)}; give one entry for each token"
+            )
     if offsets is not None:
         return Sequences.from_cu_seqlens(offsets, tokens=batch * length)
     if padding is not None:
@@ -285,13 +298,19 @@ def _check_call(layer: nn.Module, state: LayerState, kwargs: Mapping[str, Any]) 
         if mask.custom:
             raise Refusal("mask", "the causal mask was combined with another mask function")
     elif isinstance(mask, Tensor) and mask.dim() != 2:
-        raise Refusal("mask", f"an attention mask of shape {tuple(mask.shape)}")
+        raise Refusal(
+            "mask",
+            f"an attention mask of shape {tuple(mask.shape)}, which a caller gave in place of [batch, length] or "
+            "set_attn_implementation brought after wiring",
+        )
     elif mask is not None and not isinstance(mask, Tensor):
         raise Refusal("mask", f"an attention mask of type {type(mask).__name__}")
     if layer.training and shared.facts.attention_dropout:
         raise Refusal("attention-dropout", f"attention_dropout={shared.facts.attention_dropout}")
     if state.guard is None or not state.guard.holds(layer):
         check_modules(layer)
+        for path in state.paths.values():
+            check_path(layer, path)
         state.guard = Guard(layer, state.paths, state.spec.projections.keys(), state.four_bit)
     return state.guard
 

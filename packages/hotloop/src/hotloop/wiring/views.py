@@ -139,6 +139,23 @@ def plain_module(module: nn.Module) -> nn.Module:
     return module
 
 
+def check_path(layer: nn.Module, path: str) -> None:
+    """Refuses what PEFT put around a whole block: it chooses at each call which of several stands at `path`.
+
+    Raises:
+        Refusal: a module on the way to `path` is PEFT's.
+    """
+    module, walked = layer, ""
+    for name in path.split(".")[:-1]:
+        module, walked = getattr(module, name, layer), f"{walked}.{name}".lstrip(".")
+        if type(module).__module__.startswith("peft."):
+            raise Refusal(
+                "adapter-kind",
+                f"a {type(module).__name__} around the whole of {walked}, where {path} was expected; name the modules "
+                f"inside {walked} in its place",
+            )
+
+
 def saved_module(wrapper: Any) -> nn.Module:
     """The module that a ModulesToSaveWrapper runs now."""
     names = (
