@@ -25,6 +25,7 @@ from .directory import RunDirectory, step_of
 from .gradients import GradientWatch
 from .memory import out_of_memory
 from .models import build, plan_batch
+from .output import check_output, write_exports
 from .render import Row
 from .report import RunReport, plot_loss
 from .trainer import PackedTrainer
@@ -86,6 +87,7 @@ class Run:
                 f'schedule.optimizer = "{recipe.schedule.optimizer}" pages between card and host, and this machine has '
                 'no card; set schedule.optimizer = "adamw_8bit".'
             )
+        check_output(recipe)
         self.recipe = recipe
         self.directory = RunDirectory(recipe.output.directory)
         self._overwrite = overwrite
@@ -311,7 +313,7 @@ class Run:
         if self.main:
             self._save()
             target = self.directory.model if self.recipe.lora is None else self.directory.adapter
-            exports = [str(target), *self._export()]
+            exports = [str(target), *write_exports(self)]
             note = plot_loss(self.directory)
         self.processes.wait_for_everyone()
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -338,25 +340,6 @@ class Run:
         if self.main:
             report.save(self.directory.report)
         return report
-
-    def _export(self) -> list[str]:
-        written: list[str] = []
-        for item in self.recipe.output.export:
-            from hotloop.exporting import export
-
-            folder = self.directory.exports / item.format
-            folder.mkdir(parents=True, exist_ok=True)
-            result = export(
-                self.model,
-                self.tokenizer,
-                folder,
-                format=item.format,
-                quant=item.quant,
-                name=self.directory.path.name,
-                overwrite=True,
-            )
-            written += [str(file.path) for file in result.files]
-        return written
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
