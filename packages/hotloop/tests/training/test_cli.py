@@ -90,6 +90,26 @@ def test_wrong_usage_is_exit_status_2() -> None:
     assert hotloop("tarin").returncode == 2
 
 
+def test_ctrl_c_says_how_a_run_goes_on() -> None:
+    code = (
+        "import sys\n"
+        "from hotloop.cli import main\n"
+        "from hotloop.training import recipe\n"
+        "def pressed(*_, **__):\n"
+        "    raise KeyboardInterrupt\n"
+        "recipe.read_recipe = pressed\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "a.toml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert "interrupted; `hotloop train RECIPE --resume` goes on" in done.stderr
+
+
 def test_plugins_as_json_lists_what_each_claims() -> None:
     result = CliRunner().invoke(app, ["plugins", "--json"])
     rows = {row["name"]: row for row in json.loads(result.stdout)}

@@ -364,6 +364,11 @@ def test_train_on_responses_only_masks_what_is_outside_the_answers(tokenizer: To
     train_on_responses_only(trainer, *parts)  # type: ignore[arg-type]
     labels = trainer.train_dataset[0]["labels"]
     assert tokenizer.decode([t for t in labels if t >= 0]) == "a<|im_end|>\nb<|im_end|>\n"
+    rest = tokenizer("once more", add_special_tokens=False)["input_ids"]
+    packed = {"input_ids": [ids + rest + ids], "seq_lengths": [[len(ids), len(rest) + len(ids)]]}
+    trainer = FakeTrainer(tokenizer, datasets.Dataset.from_dict(packed))
+    train_on_responses_only(trainer, *parts)  # type: ignore[arg-type]
+    assert trainer.train_dataset[0]["labels"] == labels + [-100] * len(rest) + labels
     wrong = FakeTrainer(tokenizer, datasets.Dataset.from_dict({"input_ids": [ids]}))
     with pytest.raises(DataError, match="nothing would be trained"):
         train_on_responses_only(wrong, "USER:", "ASSISTANT:")  # type: ignore[arg-type]
