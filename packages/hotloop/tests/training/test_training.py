@@ -293,8 +293,9 @@ def test_out_of_memory_says_what_was_planned_and_what_shrinks_it(
     [
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 11840 vs 11732"),
+        RuntimeError("basic_ios::clear: iostream error"),
     ],
-    ids=["the system's", "torch.save's"],
+    ids=["the system's", "torch.save's", "torch.save's when it closes"],
 )
 def test_a_full_disk_is_named_and_earlier_checkpoints_stay(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -307,7 +308,18 @@ def test_a_full_disk_is_named_and_earlier_checkpoints_stay(
         original(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", full)
-    with pytest.raises(ExportError, match=r"disk .* is full"), Run(recipe) as run:
+    with pytest.raises(ExportError, match=r"disk .* is full.*--resume"), Run(recipe) as run:
         run.train()
     newest = RunDirectory(recipe.output.directory).newest_checkpoint()
     assert newest is not None and newest.name == "checkpoint-5"
+
+
+def test_a_disk_that_is_full_from_the_start_is_named(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunDirectory, "begin", full)
+    with pytest.raises(ExportError, match=r"is full.*begin again with --overwrite"):
+        Run(recipe).train()

@@ -192,7 +192,7 @@ class Run:
             OutputExistsError: another process trains into the same directory, or has meanwhile.
 
         """
-        with self.directory.locked() if self.main else nullcontext():
+        with self.directory.locked() if self.main else nullcontext(), self._explained():
             return self._train()
 
     def _train(self) -> RunReport:
@@ -218,19 +218,16 @@ class Run:
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         try:
-            with self._explained():
-                if checkpoint is not None and step_of(checkpoint) >= self.steps:
-                    _restore(trainer, checkpoint)
-                else:
-                    trainer.train(
-                        resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-                    )
+            if checkpoint is not None and step_of(checkpoint) >= self.steps:
+                _restore(trainer, checkpoint)
+            else:
+                trainer.train(
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                )
         finally:
             if progress is not None:
                 progress.close()
-        seconds = time.perf_counter() - start
-        with self._explained():
-            return self._finish(trainer, seconds)
+        return self._finish(trainer, time.perf_counter() - start)
 
     def _trainer(self) -> WatchedTrainer:
         trainer = WatchedTrainer(
@@ -350,9 +347,11 @@ class Run:
             raise out_of_memory(self, error) from error
         except Exception as error:
             if _disk_full(error):
+                whole = self.directory.newest_checkpoint() is not None
+                then = "go on with --resume from the newest whole checkpoint"
                 raise ExportError(
-                    f"the disk of {self.directory.path} is full ({error}). Free some space, then go on with --resume "
-                    "from the newest whole checkpoint."
+                    f"the disk of {self.directory.path} is full ({error}). Free some space, then "
+                    f"{then if whole else 'begin again with --overwrite: there is no whole checkpoint yet'}."
                 ) from error
             raise
 
@@ -366,7 +365,12 @@ def _restore(trainer: WatchedTrainer, checkpoint: Path) -> None:
     events.on_train_end(*told)
 
 
-_FULL = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")
+_FULL = (
+    "No space left on device",
+    "PytorchStreamWriter failed",
+    "inline_container.cc",
+    "iostream error",
+)
 """What safetensors and torch.save say: both raise errors of their own, with or without the system's text inside."""
 
 
