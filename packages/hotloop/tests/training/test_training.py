@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from hotloop.training.batches import PackedDataset
 from hotloop.training.directory import RunDirectory
+from hotloop.training.models import load_trained
 from hotloop.training.run import Run
 from hotloop_core.errors import (
     ConfigError,
@@ -323,3 +324,24 @@ def test_a_disk_that_is_full_from_the_start_is_named(
     monkeypatch.setattr(RunDirectory, "begin", full)
     with pytest.raises(ExportError, match=r"is full.*begin again with --overwrite"):
         Run(recipe).train()
+
+
+def test_a_trained_model_ends_its_answers_as_the_runs_template_does(
+    recipe: Recipe, model_dir: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_dir, base)
+    (base / "chat_template.jinja").unlink()
+    for name, key, end in (
+        ("config.json", "eos_token_id", 0),
+        ("generation_config.json", "eos_token_id", 0),
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+    ):
+        (base / name).write_text(json.dumps({**json.loads((base / name).read_text()), key: end}))
+    asked = with_values(recipe, "model", name=str(base))
+    asked = with_values(asked, "data", chat_template="chatml")
+    with Run(with_values(asked, "schedule", steps=1)) as run:
+        run.train()
+    model, tokenizer = load_trained(run.recipe, run.directory.trained())
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.eos_token_id in model.generation_config.eos_token_id
