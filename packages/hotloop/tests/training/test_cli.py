@@ -11,6 +11,8 @@ import pytest
 from hotloop import cli
 from hotloop.cli import app
 from hotloop.training.recipe import Recipe
+from hotloop_core.errors import ConfigError
+from hotloop_core.packing import pack
 from typer.testing import CliRunner
 
 COMMANDS = [
@@ -205,6 +207,13 @@ def test_data_says_how_rows_pack_and_draws_them(recipe: Recipe, tmp_path: Path) 
     assert result.exit_code == 0, result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "% used" in result.output and "rows a bin" in result.output
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    from hotloop.training.picture import draw_bins
+
+    with pytest.raises(ConfigError, match=r"cannot write .*No such file or directory"):
+        draw_bins(pack([3, 4], 8), tmp_path / "none" / "bins.png")
 
 
 def test_padding_wastes_what_the_longest_row_of_each_batch_leaves() -> None:

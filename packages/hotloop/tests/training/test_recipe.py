@@ -146,8 +146,9 @@ def test_a_file_that_is_no_recipe_is_refused(
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_recipe(tmp_path / name)
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match=r"does not exist. A recipe says model.name, data.path"):
         read_recipe(tmp_path / "none.toml")
+    assert make_recipe(LEAST)  # which is no less than that
 
 
 def test_a_recipe_is_frozen() -> None:

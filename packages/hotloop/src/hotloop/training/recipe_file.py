@@ -28,7 +28,8 @@ def read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
-            f"{path} does not exist. `hotloop train --help` shows a recipe."
+            f"{path} does not exist. A recipe says model.name, data.path and output.directory at least; "
+            "`hotloop schema` prints every key."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
