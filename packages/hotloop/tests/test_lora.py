@@ -82,6 +82,15 @@ def test_arguments_that_cannot_be_are_refused(base, arguments, says):
         add_lora(base, **arguments)
 
 
+@pytest.mark.parametrize(
+    "names, says",
+    [(["lm_haed"], "no module is named 'lm_haed'.*'lm_head'"), ("lm_head", "a list of names")],
+)
+def test_what_is_to_train_in_full_and_is_nowhere_is_refused(base, names, says):
+    with pytest.raises(ConfigError, match=says):
+        add_lora(base, modules_to_save=names)
+
+
 def test_a_second_adapter_is_refused(base):
     model = add_lora(base)
     with pytest.raises(ConfigError, match="has the adapters default already"):

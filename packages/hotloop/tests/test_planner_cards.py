@@ -58,6 +58,8 @@ def test_no_host_memory_at_all_may_be_asked_for():
     [
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
+        ("NVIDIA A100-PCIE-40GB", "A100 40GB"),
+        ("A100 80 GB", "A100 80GB"),
         ("NVIDIA A10", "A10"),
         ("Tesla T4", "T4"),
         ("rtx4090", "RTX 4090"),
@@ -104,7 +106,20 @@ def test_a_host_that_is_not_there_is_assumed_and_said():
     assert "a host that can pin" not in str(h100(vram="4GiB", host="64GiB"))
 
 
-@pytest.mark.parametrize("name", ["A100", "A10G", "GTX 1080", "", "RTX 4090 Laptop GPU"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "A100",
+        "A10G",
+        "GTX 1080",
+        "",
+        "RTX 4090 Laptop GPU",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 NVL",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "RTX 3090 Ti",
+    ],
+)
 def test_a_card_that_is_not_one_is_refused_with_the_names(name):
     with pytest.raises(ConfigError, match="A100 40GB"):
         find_card(name)

@@ -225,7 +225,13 @@ def train_on_responses_only(
 
     def mask(row: Mapping[str, Any]) -> dict[str, Any]:
         ids = row["input_ids"]
-        return {"labels": _only_responses(ids, row.get("labels") or ids, ask, answer)}
+        labels, result = row.get("labels") or ids, []
+        for size in row.get("seq_lengths") or [
+            len(ids)
+        ]:  # an answer does not go on in the next of packed rows
+            own = slice(len(result), len(result) + size)
+            result += _only_responses(ids[own], labels[own], ask, answer)
+        return {"labels": result}
 
     trainer.train_dataset = _masked(trainer.train_dataset, mask, response_part, num_proc)
     if trainer.eval_dataset is not None:

@@ -86,6 +86,7 @@ def add_lora(
     config = model.config.to_dict()
     spec = discover().match(config, family=family)
     names = _modules(model, spec, targets)
+    _check_saved(model, modules_to_save or ())
     roles = _roles(spec, config, names, model)
     receipt = receipt_of(model)
     if receipt is not None:  # before the adapters take the room that weights may have to leave
@@ -151,6 +152,22 @@ def _modules(
                 f"{', '.join(by_role.values())}."
             )
     return sorted(set(names))
+
+
+def _check_saved(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """PEFT passes by a name that is nowhere."""
+    if isinstance(names, str):
+        raise ConfigError(f"modules_to_save={names!r}; expected a list of names, [{names!r}]")
+    paths = [path for path, _ in model.named_modules() if path]
+    for name in names:
+        if not any(path.endswith(name) for path in paths):
+            leaves = sorted({path.rpartition(".")[2] for path in paths})
+            near = difflib.get_close_matches(name, leaves, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"modules_to_save: no module is named {name!r}, so nothing would train it.{hint} Embedding and head "
+                "are embed_tokens and lm_head in most models."
+            )
 
 
 def _roles(

@@ -11,6 +11,8 @@ import pytest
 from hotloop import cli
 from hotloop.cli import app
 from hotloop.training.recipe import Recipe
+from hotloop_core.errors import ConfigError
+from hotloop_core.packing import pack
 from typer.testing import CliRunner
 
 COMMANDS = [
@@ -88,6 +90,26 @@ def test_an_error_is_one_panel_and_exit_status_1() -> None:
 def test_wrong_usage_is_exit_status_2() -> None:
     assert hotloop("train", "--no-such-option").returncode == 2
     assert hotloop("tarin").returncode == 2
+
+
+def test_ctrl_c_says_how_a_run_goes_on() -> None:
+    code = (
+        "import sys\n"
+        "from hotloop.cli import main\n"
+        "from hotloop.training import recipe\n"
+        "def pressed(*_, **__):\n"
+        "    raise KeyboardInterrupt\n"
+        "recipe.read_recipe = pressed\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "a.toml"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert "interrupted; `hotloop train RECIPE --resume` goes on" in done.stderr
 
 
 def test_plugins_as_json_lists_what_each_claims() -> None:
@@ -185,6 +207,13 @@ def test_data_says_how_rows_pack_and_draws_them(recipe: Recipe, tmp_path: Path) 
     assert result.exit_code == 0, result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "% used" in result.output and "rows a bin" in result.output
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    from hotloop.training.picture import draw_bins
+
+    with pytest.raises(ConfigError, match=r"cannot write .*No such file or directory"):
+        draw_bins(pack([3, 4], 8), tmp_path / "none" / "bins.png")
 
 
 def test_padding_wastes_what_the_longest_row_of_each_batch_leaves() -> None:

@@ -306,9 +306,25 @@ def test_rows_of_others_are_read_as_mappings() -> None:
     for bad, message in (
         ({"text": "x"}, r"found a row \['text'\]"),
         ({"input_ids": [1, 2], "labels": [1]}, "as many labels and weights"),
+        ({"input_ids": [1.5, 2.7]}, "input_ids are float64, such as .*1.5"),
+        ({"input_ids": [1, 2], "labels": [1, 2**40]}, "labels are int64"),
+        ({"input_ids": [1, None]}, "input_ids are object"),
+        ({"input_ids": [7, 0, 0], "attention_mask": [1, 0, 0]}, "a row has padding"),
     ):
         with pytest.raises(DataError, match=message):
             as_row(bad)
+
+
+def test_a_column_that_a_row_has_not_is_one_that_is_not_there() -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list(
+        [
+            {"input_ids": [5, 6], "labels": [-100, 6], "attention_mask": [1, 1]},
+            {"input_ids": [8, 9]},
+        ]
+    )
+    assert [as_row(row).labels.tolist() for row in rows] == [[-100, 6], [8, 9]]
 
 
 def test_without_packing_every_row_has_a_bin_and_several_processes_need_even_shares() -> None:
@@ -348,6 +364,11 @@ def test_train_on_responses_only_masks_what_is_outside_the_answers(tokenizer: To
     train_on_responses_only(trainer, *parts)  # type: ignore[arg-type]
     labels = trainer.train_dataset[0]["labels"]
     assert tokenizer.decode([t for t in labels if t >= 0]) == "a<|im_end|>\nb<|im_end|>\n"
+    rest = tokenizer("once more", add_special_tokens=False)["input_ids"]
+    packed = {"input_ids": [ids + rest + ids], "seq_lengths": [[len(ids), len(rest) + len(ids)]]}
+    trainer = FakeTrainer(tokenizer, datasets.Dataset.from_dict(packed))
+    train_on_responses_only(trainer, *parts)  # type: ignore[arg-type]
+    assert trainer.train_dataset[0]["labels"] == labels + [-100] * len(rest) + labels
     wrong = FakeTrainer(tokenizer, datasets.Dataset.from_dict({"input_ids": [ids]}))
     with pytest.raises(DataError, match="nothing would be trained"):
         train_on_responses_only(wrong, "USER:", "ASSISTANT:")  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from hotloop.training.directory import RunDirectory
 from hotloop.training.run import Run
-from hotloop_core.errors import OutputExistsError
+from hotloop_core.errors import ConfigError, OutputExistsError
 
 if TYPE_CHECKING:
     from hotloop.training.recipe import Recipe
@@ -47,6 +48,11 @@ def test_the_lock_goes_with_the_process_that_is_killed(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     with RunDirectory(tmp_path / "run").locked():
         pass
+
+
+def begin(directory: RunDirectory, recipe: Recipe) -> None:
+    with directory.locked():
+        directory.begin(recipe, {})
 
 
 class KilledError(BaseException):
@@ -85,18 +91,18 @@ def test_a_folder_that_is_replaced_is_never_there_in_part(tmp_path: Path) -> Non
 @pytest.mark.usefixtures("half_removed")
 def test_a_run_whose_replacement_was_killed_has_no_checkpoint_in_part(recipe: Recipe) -> None:
     directory = RunDirectory(recipe.output.directory)
-    directory.begin(recipe, {})
+    begin(directory, recipe)
     of_two_files(directory.checkpoints / "checkpoint-5")
     directory.seal_checkpoint(5, keep=1)
     with pytest.raises(KilledError):
-        directory.begin(recipe, {})
+        begin(directory, recipe)
     assert directory.newest_checkpoint() is None
     directory.check(recipe, resume=False, overwrite=True)
 
 
 def test_a_directory_that_exists_says_how_far_its_run_came(recipe: Recipe) -> None:
     directory = RunDirectory(recipe.output.directory)
-    directory.begin(recipe, {})
+    begin(directory, recipe)
 
     def refused() -> str:
         with pytest.raises(OutputExistsError) as caught:
@@ -130,7 +136,7 @@ def test_a_directory_that_was_half_removed_is_still_a_runs(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = RunDirectory(recipe.output.directory)
-    directory.begin(recipe, {})
+    begin(directory, recipe)
     directory.adapter.mkdir()
 
     def killed(path: Path, **_: object) -> None:
@@ -138,11 +144,52 @@ def test_a_directory_that_was_half_removed_is_still_a_runs(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("shutil.rmtree", killed)
-        directory.begin(recipe, {})
+        begin(directory, recipe)
     directory.check(recipe, resume=False, overwrite=True)
-    directory.begin(recipe, {})
+    begin(directory, recipe)
     assert sorted(entry.name for entry in directory.path.iterdir()) == [
+        ".lock",
         "checkpoints",
         "data.json",
         "recipe.yaml",
     ]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_with_somebodys_own_recipe_is_no_run_and_is_left_alone(
+    recipe: Recipe, tmp_path: Path, overwrite: bool
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: {name: m}")
+    here = recipe.model_copy(
+        update={"output": recipe.output.model_copy(update={"directory": str(tmp_path)})}
+    )
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(OutputExistsError, match="is not a run directory"):
+        Run(here, overwrite=overwrite)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_directory_that_cannot_be_made_is_refused_before_the_model_loads(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    inside = RunDirectory(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match="file is no folder"):
+        inside.check(recipe, resume=False, overwrite=False)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match="is read-only"):
+        Run(recipe)
+
+
+def test_a_directory_without_locks_is_not_said_to_be_another_processs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("hotloop.training.directory._lock", none)
+    with (
+        pytest.raises(ConfigError, match="No locks available"),
+        RunDirectory(tmp_path / "run").locked(),
+    ):
+        pass

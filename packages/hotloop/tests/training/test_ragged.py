@@ -120,6 +120,14 @@ def test_a_template_that_would_leave_tools_or_calls_out_is_refused(
         trained(tokenizer, record)
 
 
+@pytest.mark.parametrize("first", ["a", "start", "-", " m"])
+def test_an_answer_to_nothing_is_not_looked_for_in_what_the_template_writes(
+    tokenizer: PreTrainedTokenizerFast, first: str
+) -> None:
+    messages = [answer(first), user("q"), answer("a")]
+    assert trained(tokenizer, {"messages": messages}) == f"{first}<|im_end|>a<|im_end|>"
+
+
 def test_text_in_parts_is_trained_as_one_text(tokenizer: PreTrainedTokenizerFast) -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     assert trained(tokenizer, {"messages": [user(parts), answer(parts)]}) == "ab<|im_end|>"

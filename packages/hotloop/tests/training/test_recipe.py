@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hotloop.training.recipe import Recipe, make_recipe, read_recipe
+from hotloop.training.recipe_file import dump
 from hotloop_core.errors import ConfigError
 from pydantic import ValidationError
 
@@ -31,7 +33,7 @@ YAML = """
 model: {name: m, bits: 16}
 data: {path: d.jsonl}
 lora: {r: 8}
-schedule: {learning_rate: 0.001}
+schedule: {learning_rate: 1e-3}
 output:
   directory: run
   export:
@@ -43,6 +45,13 @@ def test_toml_and_yaml_say_the_same(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(TOML)
     (tmp_path / "a.yaml").write_text(YAML)
     assert read_recipe(tmp_path / "a.toml") == read_recipe(tmp_path / "a.yaml")
+
+
+def test_a_run_reads_the_recipe_that_it_wrote(tmp_path: Path) -> None:
+    odd = {"system": "1e5", "messages_field": "1.5e-3", "prompt_field": "no", "text_field": "2"}
+    written = make_recipe({**LEAST, "data": {"path": "d", **odd}, "schedule": {"warmup": 1e-5}})
+    (tmp_path / "a.yaml").write_text(dump(written.model_dump(mode="json")))
+    assert read_recipe(tmp_path / "a.yaml") == written
 
 
 def test_every_problem_is_listed_with_its_path_and_the_nearest_key() -> None:
@@ -71,7 +80,11 @@ def test_every_problem_is_listed_with_its_path_and_the_nearest_key() -> None:
         ("data", {"path": "d", "form": "text", "loss_on": "responses"}, "which has none"),
         ("lora", {"r": 0}, "lora.r: Input should be greater than 0"),
         ("lora", {"r": True}, "lora.r: Input should be a valid integer"),
+        ("lora", {"seed": -1}, "lora.seed: Input should be greater than or equal to 0"),
         ("lora", False, "4-bit weights do not train"),
+        ("schedule", {"epochs": math.inf}, "schedule.epochs: Input should be a finite number"),
+        ("schedule", {"warmup": math.inf}, "schedule.warmup: Input should be a finite number"),
+        ("schedule", {"seed": 2**32}, "schedule.seed: Input should be less than 4294967296"),
     ],
 )
 def test_values_that_cannot_be_are_refused(section: str, values: Any, message: str) -> None:
@@ -133,8 +146,9 @@ def test_a_file_that_is_no_recipe_is_refused(
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_recipe(tmp_path / name)
-    with pytest.raises(ConfigError, match="does not exist"):
+    with pytest.raises(ConfigError, match=r"does not exist. A recipe says model.name, data.path"):
         read_recipe(tmp_path / "none.toml")
+    assert make_recipe(LEAST)  # which is no less than that
 
 
 def test_a_recipe_is_frozen() -> None:

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from hotloop.training.batches import PackedDataset
 from hotloop.training.directory import RunDirectory
+from hotloop.training.models import load_trained
 from hotloop.training.run import Run
 from hotloop_core.errors import (
     ConfigError,
@@ -293,8 +294,9 @@ def test_out_of_memory_says_what_was_planned_and_what_shrinks_it(
     [
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 11840 vs 11732"),
+        RuntimeError("basic_ios::clear: iostream error"),
     ],
-    ids=["the system's", "torch.save's"],
+    ids=["the system's", "torch.save's", "torch.save's when it closes"],
 )
 def test_a_full_disk_is_named_and_earlier_checkpoints_stay(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, error: Exception
@@ -307,7 +309,39 @@ def test_a_full_disk_is_named_and_earlier_checkpoints_stay(
         original(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_save_checkpoint", full)
-    with pytest.raises(ExportError, match=r"disk .* is full"), Run(recipe) as run:
+    with pytest.raises(ExportError, match=r"disk .* is full.*--resume"), Run(recipe) as run:
         run.train()
     newest = RunDirectory(recipe.output.directory).newest_checkpoint()
     assert newest is not None and newest.name == "checkpoint-5"
+
+
+def test_a_disk_that_is_full_from_the_start_is_named(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(RunDirectory, "begin", full)
+    with pytest.raises(ExportError, match=r"is full.*begin again with --overwrite"):
+        Run(recipe).train()
+
+
+def test_a_trained_model_ends_its_answers_as_the_runs_template_does(
+    recipe: Recipe, model_dir: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_dir, base)
+    (base / "chat_template.jinja").unlink()
+    for name, key, end in (
+        ("config.json", "eos_token_id", 0),
+        ("generation_config.json", "eos_token_id", 0),
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+    ):
+        (base / name).write_text(json.dumps({**json.loads((base / name).read_text()), key: end}))
+    asked = with_values(recipe, "model", name=str(base))
+    asked = with_values(asked, "data", chat_template="chatml")
+    with Run(with_values(asked, "schedule", steps=1)) as run:
+        run.train()
+    model, tokenizer = load_trained(run.recipe, run.directory.trained())
+    assert tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.eos_token_id in model.generation_config.eos_token_id

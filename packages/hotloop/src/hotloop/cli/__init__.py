@@ -65,6 +65,10 @@ for _command in (
     app.command(epilog=_command.__dict__.get("epilog"))(_command)
 
 
+_INTERRUPTED = 130
+"""What typer exits with after Ctrl-C, without a word."""
+
+
 def main() -> None:
     """Runs the command line; a HotloopError becomes a panel and exit status 1, wrong usage 2, Ctrl-C 130."""
     # Deprecations inside these packages are for their authors; a user of the command cannot act on them.
@@ -83,11 +87,13 @@ def main() -> None:
         )
         errors().print(panel, soft_wrap=False)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code != _INTERRUPTED:
+            raise
         trains = "train" in sys.argv[1:2]
         errors().print(
-            "interrupted; `hotloop train RECIPE --resume` goes on from the newest checkpoint"
+            "interrupted; `hotloop train RECIPE --resume` goes on from the newest checkpoint, if there is one"
             if trains
             else "interrupted"
         )
-        sys.exit(130)
+        sys.exit(_INTERRUPTED)

@@ -115,7 +115,7 @@ def find_card(name: str) -> Card:
     found = [c for c in CARDS if _words(c.name) <= asked] or [
         c for c in CARDS if asked and asked <= _words(c.name)
     ]
-    if "laptop" in asked:  # another, slower card under the same number
+    if any(words <= asked for words in _OTHERS):
         found = []
     if len(found) != 1:
         known = ", ".join(card.name for card in found or CARDS)
@@ -125,6 +125,9 @@ def find_card(name: str) -> Card:
         )
     return found[0]
 
+
+_OTHERS = ({"laptop"}, {"ti"}, {"super"}, {"nvl"}, {"mig"}, {"h100", "pcie"})
+"""Words that make another card of a name in the table, one with other rates or a part of it."""
 
 EXAMPLE = "24GiB,165TFLOP/s,1008GB/s,25GB/s"
 _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
@@ -178,4 +181,5 @@ def present_card() -> tuple[str, int] | None:
 
 def _words(name: str) -> frozenset[str]:
     spaced = re.sub(r"(rtx)(\d)", r"\1 \2", name.lower())
+    spaced = re.sub(r"(\d) (gi?b)\b", r"\1\2", spaced)
     return frozenset(re.findall(r"[a-z]*\d+[a-z]*|[a-z]+", spaced)) - {"nvidia", "geforce", "tesla"}

@@ -186,7 +186,8 @@ def as_row(example: Row | Mapping[str, Any]) -> Row:
     """A row of tokens from a mapping with input_ids, labels (default: the ids) and weights (default: none).
 
     Raises:
-        DataError: labels or weights of another length, or neither a row nor a mapping with input_ids.
+        DataError: labels or weights of another length, ids or labels that are no whole numbers, padding, or neither a
+            row nor a mapping with input_ids.
 
     """
     if isinstance(example, Row):
@@ -196,8 +197,15 @@ def as_row(example: Row | Mapping[str, Any]) -> Row:
         raise DataError(
             f"found a row {found}; expected a mapping with input_ids. Tokenise it first"
         )
-    ids = np.asarray(example["input_ids"], dtype=np.int32)
-    labels = np.asarray(example.get("labels", ids), dtype=np.int32)
+    ids = _whole_numbers("input_ids", example["input_ids"])
+    given = example.get("labels")
+    labels = ids if given is None else _whole_numbers("labels", given)
+    mask = example.get("attention_mask")
+    if mask is not None and not np.asarray(mask).all():
+        raise DataError(
+            "a row has padding (zeros in its attention_mask), which would be trained like its tokens; tokenise with "
+            "padding=False, packing needs none"
+        )
     weights = example.get("weights")
     if weights is not None:
         given = np.asarray(weights, dtype=np.float32)
@@ -213,6 +221,18 @@ def as_row(example: Row | Mapping[str, Any]) -> Row:
             "labels and weights"
         )
     return Row(ids, labels, weights)
+
+
+def _whole_numbers(name: str, values: Any) -> np.ndarray:
+    """int32; what that cannot hold is refused, as numpy would cut or wrap it."""
+    found = np.asarray(values)
+    whole = found.astype(np.int32) if found.dtype.kind in "iu" or not found.size else None
+    if whole is None or (whole != found).any():
+        raise DataError(
+            f"found a row whose {name} are {found.dtype}, such as {found.reshape(-1)[0]!r}; expected whole numbers "
+            "of 32 bits, as tokenizers give them"
+        )
+    return whole
 
 
 def collate(bins: Sequence[Sequence[Row]]) -> dict[str, Tensor]:

@@ -53,8 +53,8 @@ class Conversation:
 
         It starts where the conversation up to the question, asking for an answer, stops agreeing with the text, and
         ends where the conversation up to the answer does. Both agree all the way unless the template treats the last
-        turn differently; then what the template adds only there is left out. An answer to nothing starts with its
-        first word.
+        turn differently; then what the template adds only there is left out. An answer to nothing starts where another
+        one would differ from it.
         """
         content = self.messages[index]["content"]
         after = self._render(self.messages[: index + 1])
@@ -62,7 +62,8 @@ class Conversation:
         if index:
             start = _common(self._render(self.messages[:index], ask=True), text)
         else:
-            start = max(text.find((content or "").strip()), 0)
+            other = "+" if (content or "").lstrip().startswith("-") else "-"
+            start = _common(self._render([{**self.messages[0], "content": other}]), text)
         found = text[start:end]
         if content is not None and content.strip() not in found:
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -11,17 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from hotloop_core.errors import ConfigError, DataError, OutputExistsError
 from hotloop_core.files import write_atomically
 
+from . import recipe_file
 from .recipe import Recipe, read_recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _LOCK = ".lock"
-"""Held by the process that trains here; the system lets go of it when that process ends, however it ends."""
+"""Held by the process that trains here; the system lets go of it when that process ends, however it ends. It stays,
+and tells a run's folder from one with a recipe that somebody wrote there."""
+
+_HELD = {errno.EAGAIN, errno.EACCES, errno.EDEADLK}
+"""What systems say of a lock that another process has."""
 
 _WHOLE = "whole.json"
 """Written into a checkpoint after everything else, so that one without it was cut short."""
@@ -62,18 +67,23 @@ class RunDirectory:
         Raises:
             OutputExistsError: it has something in it and neither resume nor overwrite was asked for, or what is in it
                 is no run and so is not ours to delete.
-            ConfigError: nothing to resume, or another recipe.
+            ConfigError: nothing to resume, another recipe, or a folder that cannot be written.
 
         """
         if resume and overwrite:
             raise ConfigError("resume and overwrite exclude each other; choose one")
+        there = next(p for p in (self.path, *self.path.absolute().parents) if os.path.lexists(p))
+        if there != self.path and not there.is_dir():
+            raise self._unwritable(f"{there} is no folder")
+        if not os.access(there, os.W_OK):
+            raise self._unwritable(f"{there} is read-only")
         if resume:
             self._check_resume(recipe)
         elif self.path.exists() and (not self.path.is_dir() or self._contents()):
-            if not self.recipe.is_file():
+            if not self.recipe.is_file() or not (self.path / _LOCK).is_file():
                 raise OutputExistsError(
-                    f"{self.path} is not a run directory (no recipe.yaml), so it is not overwritten. "
-                    "Choose another output.directory."
+                    f"{self.path} is not a run directory, which has a recipe.yaml and a {_LOCK}, so it is not "
+                    "overwritten. Choose another output.directory."
                 )
             if not overwrite:
                 raise OutputExistsError(
@@ -119,17 +129,29 @@ class RunDirectory:
 
         Raises:
             OutputExistsError: one does.
+            ConfigError: the folder cannot be made or locked.
 
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / _LOCK).open("a") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / _LOCK).open("a")
+        except OSError as error:
+            raise self._unwritable(error.strerror) from error
+        with file:
             try:
                 _lock(file.fileno())
-            except OSError:
+            except OSError as error:
+                if error.errno not in _HELD:  # a file system without locks
+                    raise self._unwritable(f"{file.name}: {error.strerror}") from error
                 raise OutputExistsError(
                     f"another process trains into {self.path}. Wait for it, or choose another output.directory."
                 ) from None
             yield
+
+    def _unwritable(self, why: str | None) -> ConfigError:
+        return ConfigError(
+            f"cannot make or write the run directory {self.path}: {why}. Choose another output.directory."
+        )
 
     def begin(self, recipe: Recipe, data: dict[str, Any]) -> None:
         """Makes the directory anew, with the recipe and what the data came to.
@@ -143,8 +165,7 @@ class RunDirectory:
                 _remove(entry)
             elif entry != self.recipe:
                 entry.unlink()
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_atomically(self.recipe, text)
+        write_atomically(self.recipe, recipe_file.dump(recipe.model_dump(mode="json")))
         write_atomically(self.data, json.dumps(data, indent=2) + "\n")
         self.checkpoints.mkdir()
 

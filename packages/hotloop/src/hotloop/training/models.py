@@ -73,12 +73,14 @@ def load_trained(recipe: Recipe, folder: Path) -> tuple[PreTrainedModel, PreTrai
         return model.eval(), tokenizer
     from peft import PeftModel
     from transformers import AutoTokenizer
+    from transformers.trainer_utils import align_special_tokens
 
     base, _ = load_base(recipe, wire=False)
     model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
-    return model.eval(), AutoTokenizer.from_pretrained(
-        str(folder)
-    )  # it has the chat template of the run
+    # The run's own, with its chat template; a token that ends answers there ends them here, as Trainer has it.
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    align_special_tokens(model, tokenizer)
+    return model.eval(), tokenizer
 
 
 def lora_rank(recipe: Recipe) -> int:

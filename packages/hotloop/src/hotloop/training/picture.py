@@ -35,7 +35,7 @@ def draw_bins(packing: Packing, path: Path) -> None:
     The shares in the titles are those of all rows.
 
     Raises:
-        ConfigError: matplotlib is not installed.
+        ConfigError: matplotlib is not installed, or the file cannot be written.
 
     """
     if importlib.util.find_spec("matplotlib") is None:
@@ -72,7 +72,10 @@ def draw_bins(packing: Packing, path: Path) -> None:
     padded.set_ylabel("batches, from the top")
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    write_atomically(path, image.getvalue())
+    try:
+        write_atomically(path, image.getvalue())
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}; choose another file") from error
 
 
 def _draw_padded(axes: Any, pieces: list[tuple[int, int]], rows: int, height: int) -> None:

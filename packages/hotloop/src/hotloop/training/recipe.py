@@ -12,12 +12,13 @@ from . import recipe_file
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 class Section(BaseModel):
-    """Frozen and strict: an unknown key or a value of another type is refused."""
+    """Frozen and strict: an unknown key, a value of another type or an infinite one is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelSection(Section):
@@ -82,7 +83,7 @@ class DataSection(Section):
         default=True,
         description="Several rows to a bin of max_seq_len; attention stays inside rows.",
     )
-    shuffle_seed: int = Field(default=0, description="Seeds the held-out choice and the bins.")
+    shuffle_seed: Seed = Field(default=0, description="Seeds the held-out choice and the bins.")
 
 
 class LoraSection(Section):
@@ -101,7 +102,7 @@ class LoraSection(Section):
     modules_to_save: list[str] | None = Field(
         default=None, description="Trained in full beside the adapter."
     )
-    seed: int = 3407
+    seed: Seed = 3407
 
 
 class ScheduleSection(Section):
@@ -126,7 +127,7 @@ class ScheduleSection(Section):
         default="adamw_torch",
         description="8bit: a quarter of the state's memory. paged: it moves to host memory when the card is full.",
     )
-    seed: int = 3407
+    seed: Seed = 3407
     log_every: Positive = 1
     eval_every: Positive | None = Field(
         default=None, description="Steps; null: before and after only."

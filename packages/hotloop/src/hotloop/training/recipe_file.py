@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -27,7 +28,8 @@ def read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
-            f"{path} does not exist. `hotloop train --help` shows a recipe."
+            f"{path} does not exist. A recipe says model.name, data.path and output.directory at least; "
+            "`hotloop schema` prints every key."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
@@ -50,9 +52,27 @@ def _parse_yaml(path: Path, text: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text) or {}
+        return yaml.load(text, Loader=_with_numbers(yaml.SafeLoader)) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not well-formed YAML: {error}") from error
+
+
+def dump(values: Mapping[str, Any]) -> str:
+    """Values as the text of a YAML recipe, which `read` takes for the same."""
+    import yaml
+
+    kind = _with_numbers(yaml.SafeDumper)
+    return yaml.dump(dict(values), Dumper=kind, sort_keys=False, allow_unicode=True)
+
+
+_NUMBER = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
+
+
+def _with_numbers(kind: type[Any]) -> type[Any]:
+    """A loader or dumper of YAML 1.1 for which 2e-4 is a number, as in YAML 1.2 and TOML, and not a text."""
+    made = type(kind.__name__, (kind,), {})
+    made.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789"))
+    return made
 
 
 def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

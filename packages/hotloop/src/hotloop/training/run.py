@@ -25,6 +25,7 @@ from .directory import RunDirectory, step_of
 from .gradients import GradientWatch
 from .memory import out_of_memory
 from .models import build, plan_batch
+from .output import check_output, write_exports
 from .render import Row
 from .report import RunReport, plot_loss
 from .trainer import PackedTrainer
@@ -86,6 +87,7 @@ class Run:
                 f'schedule.optimizer = "{recipe.schedule.optimizer}" pages between card and host, and this machine has '
                 'no card; set schedule.optimizer = "adamw_8bit".'
             )
+        check_output(recipe)
         self.recipe = recipe
         self.directory = RunDirectory(recipe.output.directory)
         self._overwrite = overwrite
@@ -190,7 +192,7 @@ class Run:
             OutputExistsError: another process trains into the same directory, or has meanwhile.
 
         """
-        with self.directory.locked() if self.main else nullcontext():
+        with self.directory.locked() if self.main else nullcontext(), self._explained():
             return self._train()
 
     def _train(self) -> RunReport:
@@ -216,19 +218,16 @@ class Run:
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         try:
-            with self._explained():
-                if checkpoint is not None and step_of(checkpoint) >= self.steps:
-                    _restore(trainer, checkpoint)
-                else:
-                    trainer.train(
-                        resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
-                    )
+            if checkpoint is not None and step_of(checkpoint) >= self.steps:
+                _restore(trainer, checkpoint)
+            else:
+                trainer.train(
+                    resume_from_checkpoint=None if checkpoint is None else str(checkpoint)
+                )
         finally:
             if progress is not None:
                 progress.close()
-        seconds = time.perf_counter() - start
-        with self._explained():
-            return self._finish(trainer, seconds)
+        return self._finish(trainer, time.perf_counter() - start)
 
     def _trainer(self) -> WatchedTrainer:
         trainer = WatchedTrainer(
@@ -311,7 +310,7 @@ class Run:
         if self.main:
             self._save()
             target = self.directory.model if self.recipe.lora is None else self.directory.adapter
-            exports = [str(target), *self._export()]
+            exports = [str(target), *write_exports(self)]
             note = plot_loss(self.directory)
         self.processes.wait_for_everyone()
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -339,25 +338,6 @@ class Run:
             report.save(self.directory.report)
         return report
 
-    def _export(self) -> list[str]:
-        written: list[str] = []
-        for item in self.recipe.output.export:
-            from hotloop.exporting import export
-
-            folder = self.directory.exports / item.format
-            folder.mkdir(parents=True, exist_ok=True)
-            result = export(
-                self.model,
-                self.tokenizer,
-                folder,
-                format=item.format,
-                quant=item.quant,
-                name=self.directory.path.name,
-                overwrite=True,
-            )
-            written += [str(file.path) for file in result.files]
-        return written
-
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """Turns what the device and the disk say into errors that say what to do."""
@@ -367,9 +347,11 @@ class Run:
             raise out_of_memory(self, error) from error
         except Exception as error:
             if _disk_full(error):
+                whole = self.directory.newest_checkpoint() is not None
+                then = "go on with --resume from the newest whole checkpoint"
                 raise ExportError(
-                    f"the disk of {self.directory.path} is full ({error}). Free some space, then go on with --resume "
-                    "from the newest whole checkpoint."
+                    f"the disk of {self.directory.path} is full ({error}). Free some space, then "
+                    f"{then if whole else 'begin again with --overwrite: there is no whole checkpoint yet'}."
                 ) from error
             raise
 
@@ -383,7 +365,12 @@ def _restore(trainer: WatchedTrainer, checkpoint: Path) -> None:
     events.on_train_end(*told)
 
 
-_FULL = ("No space left on device", "PytorchStreamWriter failed", "inline_container.cc")
+_FULL = (
+    "No space left on device",
+    "PytorchStreamWriter failed",
+    "inline_container.cc",
+    "iostream error",
+)
 """What safetensors and torch.save say: both raise errors of their own, with or without the system's text inside."""
 
 
