@@ -80,6 +80,21 @@ def saved_tensors(facts: ModelFacts) -> tuple[SavedTensor, ...]:
     )
 
 
+RECORDED_SHARE = 16
+"""Of a card's memory recordings of layers take at most one in so many: a batch that needs more keeps a card of that
+size busy for as long as the host takes to queue it."""
+
+
+def recorded_bytes(facts: ModelFacts, tokens: int, width: int = 2) -> int:
+    """What a recorded pass of all layers holds: what waits for backward, and what layers hand to each other both ways.
+
+    width: bytes of an activation.
+    """
+    of_layer = 3 * width * facts.hidden_size
+    of_layer += sum(width * saved.elements + saved.extra_bytes for saved in saved_tensors(facts))
+    return tokens * of_layer * facts.layers
+
+
 def _own(part: str, facts: ModelFacts) -> SavedTensor:
     """What a family's own block keeps, as one: its forward makes all of it again."""
     block = facts.own[part]

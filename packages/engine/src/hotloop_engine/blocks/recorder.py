@@ -51,6 +51,10 @@ class Recorder:
                 self.now.passing = None
             self.now = None
 
+    def clear(self) -> None:
+        """Drops all recordings and their memory."""
+        self._kinds.clear()
+
     def _kind(self, sequences: Sequences, more: tuple[object, ...]) -> Kind | None:
         if threading.current_thread() is not threading.main_thread():
             return None  # replicas run side by side
@@ -66,10 +70,8 @@ class Recorder:
         if not kind.bytes:
             kind.bytes = self.need(sequences.tokens)
             kind.refused = not self._make_room(kind)
-        if (
-            kind.passes == PASSES_BEFORE + 2
-        ):  # all is recorded: what passes took before is not taken again
-            torch.cuda.empty_cache()
+            if not kind.refused:
+                torch.cuda.empty_cache()  # what passes took so far: recordings have memory of their own
         return None if kind.refused else kind
 
     def _make_room(self, kind: Kind) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hotloop_core import ModelFacts, Placement, Plan
 from hotloop_core.errors import BudgetError, ConfigError, PlanError
-from hotloop_core.plan import RECOMPUTE_ALL, amount
+from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, RECORDED_SHARE, amount, recorded_bytes
 
 from .amounts import MOST_BYTES, parse_bytes
 from .cards import EXAMPLE, REFERENCE, Card, find_card, present_card
@@ -216,7 +216,7 @@ class Task:
             tokens=self.job.tokens,
             longest=self.job.longest,
             memory={name: int(size) for name, size in memory.items()},
-            step_ms=step_parts(found, ready) if self.timed else {},
+            step_ms=step_parts(found, ready, recorded=self._recorded(found)) if self.timed else {},
             budget=self.budget,
             card=self.card,
             notes=notes,
@@ -228,14 +228,24 @@ class Task:
             unaccumulated=unaccumulated(found),
         )
 
+    def _recorded(self, found: Found) -> bool:
+        """Whether layers will be recorded as CUDA graphs: all is kept on the card, and there is room (see `wire`)."""
+        job, homes, space = self.job, found.space.homes, found.space
+        left = self.bounds.device - space.peak(found.bytes())
+        kept = all(layer == KEEP_ALL for layer in found.layers()) and space.tile is None
+        elsewhere = homes.embedding or homes.head or job.full or job.nf4_kv or job.facts.own
+        room = min(self.rates.memory // RECORDED_SHARE, left)
+        return kept and not elsewhere and recorded_bytes(job.facts, job.tokens) <= room
+
     def _stay_dequantised(self, found: Found) -> int:
         """How many layers can keep their weights dequantised in what is left of the budget, if they may.
 
         After the search, not in it: a GiB of them spares less than a millisecond, of activations that need not be
-        computed again more, of weights that need not be streamed much more. With streamed weights none is left.
+        computed again more, of weights that need not be streamed much more. With streamed weights none is left. Layers
+        that are recorded gain far more by that.
         """
         size, layers = self.job.layer_dequantised, found.space.layers
-        if not self.dequantised or found.streamed or not size:
+        if not self.dequantised or found.streamed or not size or self._recorded(found):
             return 0
         left = self.bounds.device - found.space.peak(found.bytes())
         return int(min(layers * size, max(0, left)) // size)

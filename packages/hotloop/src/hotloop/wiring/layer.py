@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from hotloop_core import Attention, CustomBlock, LayerSpec, ModelFacts, Plan
 from hotloop_core.errors import DataError, UnsupportedError
-from hotloop_core.plan import saved_tensors
+from hotloop_core.plan import RECORDED_SHARE, recorded_bytes
 from hotloop_engine.attention import Sequences
 from hotloop_engine.blocks import Recorder, Surroundings, run_blocks, run_recorded
 from hotloop_engine.ops.lora_linear import LinearGroup
@@ -78,26 +78,16 @@ class Shared:
     def recorder(self) -> Recorder:
         """What is recorded of this model's layers."""
         if self._recorder is None:
-            self._recorder = Recorder(room=self._room, need=self._need)
+            self._recorder = Recorder(self._room, lambda tokens: recorded_bytes(self.facts, tokens))
         return self._recorder
 
     def _room(self) -> int:
-        """Bytes that recordings may take: a sixteenth of the card, of what is free half, and what a budget leaves.
-
-        A batch that needs more keeps a card of that size busy for as long as the host takes.
-        """
+        """Bytes that recordings may take: a share of the card, of what is free half, and what a budget leaves."""
         free, total = torch.cuda.mem_get_info()
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        room = min(total // 16, free // 2)
+        room = min(total // RECORDED_SHARE, free // 2)
         plan = self.plan
         return room if plan.budget is None else min(room, plan.budget - plan.peak_bytes)
-
-    def _need(self, tokens: int) -> int:
-        """Bytes of a recorded pass: what waits for backward, and what layers hand to each other both ways."""
-        facts, width = self.facts, 2
-        of_layer = 3 * width * facts.hidden_size
-        of_layer += sum(width * s.elements + s.extra_bytes for s in saved_tensors(facts))
-        return tokens * of_layer * facts.layers
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": None, "_recorder": None}

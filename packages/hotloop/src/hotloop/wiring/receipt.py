@@ -97,6 +97,7 @@ class Receipt:
         if not carried_out(self.shared.homes, plan):
             self.shared.homes = move_more(self.model, plan, self.family)
         self.shared.plan = plan
+        self.shared.recorder.clear()
 
     def undo(self) -> None:
         """Gives the model back as it was before wiring. Weights and adapters are not touched.
@@ -129,6 +130,7 @@ class Receipt:
                 unwire(module, type(module).__bases__[0])
         self.model.config._attn_implementation = self.attention[0]  # type: ignore[union-attr]
         optimizer.release(self.model)
+        self.shared.recorder.clear()
         self.undone = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
