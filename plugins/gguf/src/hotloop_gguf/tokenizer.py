@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -171,7 +172,7 @@ class Tokenizer:
         keys |= self._specials()
         if chat_template:
             keys["tokenizer.chat_template"] = chat_template
-        return keys
+        return keys | self.further_templates
 
     def _byte_level(self, tokenize: Callable[[str], list[int]]) -> dict[str, Value]:
         vocabulary: dict[str, int] = self._model["vocab"]
@@ -233,6 +234,20 @@ class Tokenizer:
         if turn_end is not None:
             keys["tokenizer.ggml.eot_token_id"] = turn_end
         return keys
+
+    @property
+    def further_templates(self) -> dict[str, Value]:
+        """Chat templates beside the default one, which tokenizer_config.json lists by name ("tool_use")."""
+        listed = self.config.get("chat_template")
+        further = {
+            re.sub(r"[^0-9A-Za-z]", "_", each["name"]): each["template"]
+            for each in (listed if isinstance(listed, list) else ())
+            if each["name"] != "default"
+        }
+        if not further:
+            return {}
+        keys: dict[str, Value] = {"tokenizer.chat_templates": list(further)}
+        return keys | {f"tokenizer.chat_template.{name}": text for name, text in further.items()}
 
     def _id(self, token: Any) -> int | None:
         text = token.get("content") if isinstance(token, dict) else token
