@@ -72,8 +72,11 @@ def test_an_adapter_on_its_base_computes_what_the_adapter_model_computes(
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["norm"]}, r"norm.*no factor of a LoRA"),
         ({"bias": "lora_only", "target_modules": ["q_proj"]}, r"bias.*no factor"),
+        ({"target_modules": ["lm_head"]}, r"lm_head.*whose head is its embedding"),
+        ({"target_modules": ["embed_tokens"]}, r"embed_tokens.*whose head is its embedding"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word")
 def test_what_an_adapter_in_gguf_cannot_say_is_refused(
     options: dict[str, Any],
     message: str,
@@ -82,7 +85,8 @@ def test_what_an_adapter_in_gguf_cannot_say_is_refused(
     tokenizer: Any,
     tmp_path: Path,
 ) -> None:
-    model = adapted(tiny(LlamaConfig, attention_bias=True), **options)
+    tied = {"tie_word_embeddings": "lm_head" in message or "embed" in message}
+    model = adapted(tiny(LlamaConfig, attention_bias=True, **tied), **options)
     with pytest.raises(UnsupportedError, match=message):
         export(model, tokenizer, tmp_path, format="gguf", quant="adapter")
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -153,6 +154,46 @@ def test_one_name_cannot_be_written_twice(tmp_path: Path) -> None:
 def test_missing_space_is_found_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="GB free"):
         Outputs(tmp_path).require_space(2**62)
+
+
+def test_what_a_crashed_export_left_counts_as_free_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    (tmp_path / ".a.partial").write_bytes(b"x" * 100)
+    (tmp_path / ".other.partial").write_bytes(b"x" * 100)
+    outputs = Outputs(tmp_path)
+    outputs.check(["a", "b"])
+    outputs.require_space(110)
+    with pytest.raises(ExportError, match="GB free"):
+        outputs.require_space(111)
+
+
+def test_a_replaced_set_never_looks_whole_between_two_renames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("weights", "config"):
+        (tmp_path / name).write_text("old")
+    real = os.replace
+    seen: list[set[str]] = []
+
+    def replace(source: Path, target: Path) -> None:
+        seen.append({f"{n}={(tmp_path / n).read_text()}" for n in names(tmp_path) if n[0] != "."})
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with Outputs(tmp_path, overwrite=True) as outputs:
+        outputs.write("weights", "new")
+        outputs.write("config", "new")
+    assert seen == [{"weights=old"}, {"weights=new"}]
+    assert {(tmp_path / name).read_text() for name in names(tmp_path)} == {"new"}
+
+
+def test_a_directory_in_a_files_place_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "config").mkdir()
+    with pytest.raises(OutputExistsError, match="directory 'config'"):
+        Outputs(tmp_path, overwrite=True).check(["weights", "config"])
 
 
 def test_write_atomically_replaces_or_leaves(

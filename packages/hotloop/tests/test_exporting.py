@@ -28,6 +28,8 @@ from transformers import (
 )
 
 IDS = torch.arange(40).reshape(2, 20)
+TRAINED = ("lora_", "modules_to_save", "trainable_tokens_delta")
+"""In the names of what an adapter trains."""
 
 
 def tiny(**changes: Any) -> LlamaForCausalLM:
@@ -53,7 +55,7 @@ def adapted(model: Any, name: str = "default", **options: Any) -> PeftModel:
     else:
         model = get_peft_model(model, LoraConfig(**settings))
     for path, parameter in model.named_parameters():
-        if f".{name}" in path and ("lora_" in path or "modules_to_save" in path):
+        if f".{name}" in path and any(part in path for part in TRAINED):
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model.eval()
 
@@ -102,14 +104,19 @@ def test_merged_export_computes_what_the_adapter_model_computes(
     assert_same_logits(exported(model, tmp_path), truth)
 
 
-@pytest.mark.parametrize("options", [{}, {"target_modules": ["lm_head"]}], ids=["body", "head"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"target_modules": ["lm_head"]}, {"trainable_token_indices": [3, 7]}],
+    ids=["body", "head", "tokens"],
+)
 def test_tied_head_stays_tied_unless_the_adapter_unties_it(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.warns(UserWarning) if options else nullcontext():  # PEFT's, on tied layers
+    unties = "target_modules" in options
+    with pytest.warns(UserWarning) if unties else nullcontext():  # PEFT's, on tied layers
         model = adapted(tiny(tie_word_embeddings=True), **options)
     loaded = exported(model, tmp_path)
-    assert loaded.config.tie_word_embeddings == (options == {})
+    assert loaded.config.tie_word_embeddings == (not unties)
     assert_same_logits(loaded, logits(model))
 
 
@@ -316,6 +323,12 @@ def refusals() -> dict[str, tuple[type[Exception], str, Any, dict[str, Any]]]:
         "meta": (ExportError, "meta device", lambda: tiny().to("meta"), safetensors),
         "ia3": (UnsupportedError, "ia3", lambda: get_peft_model(tiny(), ia3), safetensors),
         "prompt": (UnsupportedError, "virtual", lambda: get_peft_model(tiny(), prompt), safetensors),
+        "bias": (
+            UnsupportedError,
+            r"q_proj: adapter 'default' has lora_bias, and the layer that it is on no bias",
+            lambda: adapted(tiny(), lora_bias=True, target_modules=["q_proj"]),
+            safetensors,
+        ),
         "dora": (
             UnsupportedError,
             "embed_tokens: adapter 'default' is of the kind Dora",
@@ -326,6 +339,7 @@ def refusals() -> dict[str, tuple[type[Exception], str, Any, dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("case", refusals())
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 def test_what_cannot_be_exported_is_refused_by_name(case: str, tmp_path: Path) -> None:
     error, message, make, options = refusals()[case]
     with pytest.raises(error, match=message):

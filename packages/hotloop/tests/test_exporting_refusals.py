@@ -248,6 +248,14 @@ def test_what_can_be_refused_is_refused_before_anything_is_written(
     assert not list(here.rglob("*.gguf"))
 
 
+def test_a_size_that_is_none_is_told_before_the_model_is_opened(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = lambda *_, **__: pytest.fail("the model was opened")  # noqa: E731
+    monkeypatch.setattr("hotloop.exporting.source.open_source", opened)
+    assert "'abc' is not an amount" in str(refused("--max-shard-size", "abc"))
+
+
 def test_a_missing_llama_cpp_is_told_before_the_work(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

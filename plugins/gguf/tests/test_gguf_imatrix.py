@@ -83,6 +83,16 @@ def test_the_older_form_divides_by_its_calls(tmp_path: Path) -> None:
     assert found.columns["q"].tolist() == [2.0, 0.5] and found.source == ""
 
 
+def gguf(tensors: dict[str, tuple[int, ...]], key: str = "", value: bytes = b"") -> bytes:
+    """A file with zeros for tensors and at most one key, right or not."""
+    text = lambda name: struct.pack("<Q", len(name)) + name.encode()  # noqa: E731
+    out = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), bool(key))
+    out += text(key) + value if key else b""
+    for name, (size,) in tensors.items():
+        out += text(name) + struct.pack("<IQIQ", 1, size, 0, 0)
+    return out + bytes(4096)
+
+
 @pytest.mark.parametrize(
     "data, message",
     [
@@ -90,8 +100,12 @@ def test_the_older_form_divides_by_its_calls(tmp_path: Path) -> None:
         (b"GGUF" + b"\3\0\0\0", "truncated"),
         (struct.pack("<iii", 1, 3, 1) + b"abc", "truncated"),
         (struct.pack("<ii", 1, 1) + b"x" + struct.pack("<iif", 1, 1, 1.0), "none is a tensor"),
+        (gguf({"w.in_sum2": (8,), "w.counts": (3,)}), "truncated"),
+        (gguf({"w.in_sum2": (2**63,), "w.counts": (1,)}), "truncated"),
+        (gguf({}, "general.alignment", struct.pack("<II", 4, 0)), "truncated"),
+        (gguf({}, "a", struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 3000), "truncated"),
     ],
-    ids=["empty", "cut", "garbage", "another model's"],
+    ids=["empty", "cut", "garbage", "another model's", "shapes", "sizes", "alignment", "nested"],
 )
 def test_what_is_no_importance_matrix_is_refused(data: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "i.dat").write_bytes(data)

@@ -73,6 +73,13 @@ def test_a_family_reads_config_keys_and_gives_literals() -> None:
     assert keys["a.x"] == "silu" and keys["a.y"] == 3.5 and "a.z" not in keys
 
 
+def test_a_whole_number_is_a_float_where_llama_cpp_reads_one() -> None:
+    metadata = {"embedding_scale": "config.num_hidden_layers", "x": "config.num_hidden_layers"}
+    keys = hyperparameters(model(), ExportFacts(architecture="a", metadata=metadata))
+    assert (keys["a.embedding_scale"], keys["a.x"]) == (16.0, 16)
+    assert [type(keys[f"a.{key}"]) for key in metadata] == [float, int]
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -41,7 +41,7 @@ def compiled(name: str, text: str) -> list[re.Pattern[str]]:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_candidate_splits_as_the_published_tokenizer_does(name: str) -> None:
-    for text in (*pretokenizers.PROBES, *pretokenizers._triples()):
+    for text in (*pretokenizers.PROBES, *pretokenizers.triples()):
         expected = [piece for piece, _ in PUBLISHED[name].pre_tokenize_str(text)]
         assert pretokenizers.split(compiled(name, text), text) == expected
 
@@ -55,7 +55,7 @@ def test_a_candidate_takes_for_white_space_what_the_published_tokenizer_does(nam
 
 
 def test_the_probes_tell_every_two_candidates_apart_that_split_differently() -> None:
-    texts = (*pretokenizers.PROBES, *pretokenizers._triples())
+    texts = (*pretokenizers.PROBES, *pretokenizers.triples())
     splits: dict[tuple[Any, ...], str] = {}
     for candidate in pretokenizers.CANDIDATES:
         pieces = [pretokenizers.split(compiled(candidate.name, text), text) for text in texts]

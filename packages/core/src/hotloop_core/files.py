@@ -60,8 +60,8 @@ class Outputs:
     """The files of one export: all appear under their names together at the end, or none do.
 
     Use as a context manager. A crash leaves at most files that end in `.partial`, which the next export of the same
-    names replaces. Renames of several files are one after another: the last name given to `open` is renamed last, so
-    write what makes the set look whole (an index, a config) last.
+    names replaces. Renames of several files are one after another: the last name given to `open` is renamed last, and
+    one of that name that was there goes first, so write what makes the set look whole (an index, a config) last.
     """
 
     def __init__(self, directory: Path, *, overwrite: bool = False) -> None:
@@ -69,6 +69,7 @@ class Outputs:
         self.overwrite = overwrite
         self.files: list[ExportedFile] = []
         self._names: list[str] = []
+        self._checked: set[str] = set()
         self._stale: set[str] = set()
 
     def __enter__(self) -> Outputs:
@@ -80,7 +81,8 @@ class Outputs:
             return
         try:
             with _reported(self.directory):
-                for name in sorted(self._stale.difference(self._names)):
+                # An older set without its last file looks as little whole as this one until it is.
+                for name in sorted(self._stale.difference(self._names)) + self._names[-1:]:
                     (self.directory / name).unlink(missing_ok=True)
                 for name in self._names:
                     os.replace(self._partial(name), self.directory / name)
@@ -126,7 +128,15 @@ class Outputs:
 
     def check(self, names: Iterable[str]) -> None:
         """Raises OutputExistsError now, before any work, where one of `names` exists and may not be replaced."""
+        names = set(names)
+        self._checked |= names
         existing = [n for n in names if (self.directory / n).exists()]
+        folders = [n for n in existing if (self.directory / n).is_dir()]
+        if folders:
+            raise OutputExistsError(
+                f"{self.directory} has a directory {min(folders)!r}, where a file of that name is to be. "
+                "Choose another directory, or move that one."
+            )
         if existing and not self.overwrite:
             raise OutputExistsError(
                 f"{self.directory} already has {', '.join(sorted(existing))}. "
@@ -145,8 +155,13 @@ class Outputs:
         self._stale |= names
 
     def require_space(self, needed_bytes: int) -> None:
-        """Raises ExportError where the disk has less than `needed_bytes` free."""
+        """Raises ExportError where the disk has less than `needed_bytes` free.
+
+        What a crashed export left under the names that were checked counts as free: it is replaced.
+        """
         free = shutil.disk_usage(self.directory).free
+        leftovers = (self._partial(name) for name in self._checked)
+        free += sum(file.stat().st_size for file in leftovers if file.is_file())
         if free < needed_bytes:
             raise ExportError(
                 f"{self.directory} has {free / 1e9:.2f} GB free; this export needs {needed_bytes / 1e9:.2f} GB. "

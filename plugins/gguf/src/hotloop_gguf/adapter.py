@@ -114,6 +114,11 @@ def _planned(
             f"{entry.name} is no factor of a LoRA, and an adapter in GGUF holds nothing else "
             "(no trained norms, heads, tokens or biases). Export the merged model."
         )
+    if request.facts.tied and entry.role in ("embedding", "head"):
+        raise UnsupportedError(
+            f"{entry.name} adapts the {entry.role} of a model whose head is its embedding: in GGUF both are one "
+            "tensor, and llama.cpp crashes where an adapter is put on it. Export the merged model."
+        )
     name = tensor_name(replace(entry, part="weight"), facts)
     module = entry.name.removeprefix("base_model.model.").partition(".lora_")[0]
     embedding, first = entry.role == "embedding", entry.part == "lora_A"

@@ -32,6 +32,9 @@ FILES = {
     IMATRIX: "the importance matrix alone, as llama-imatrix writes it",
     IMATRIX_DAT: "the importance matrix alone, in the older form",
 }
+_DAMAGE = (struct.error, ValueError, KeyError, ArithmeticError, RuntimeError)
+"""What a damaged file leads to: no number, text or name where one should be, sizes that are none, shapes that disagree,
+lists in lists without end."""
 _CHUNK = 512
 """Tokens in a chunk, llama-imatrix's own default: counts are whole chunks to its readers."""
 
@@ -72,7 +75,7 @@ def read_imatrix(path: Path, names: Mapping[str, str]) -> Importance:
         raise ConfigError(f"cannot read the importance matrix {path}: {error.strerror}") from error
     try:
         found, source = _read_gguf(data) if data[:4] == b"GGUF" else _read_dat(data)
-    except (struct.error, ValueError, KeyError, UnicodeDecodeError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(
             f"{path} is no importance matrix of llama.cpp, or is truncated ({error}); expected a "
             ".gguf or .dat file that llama-imatrix or Hotloop wrote"

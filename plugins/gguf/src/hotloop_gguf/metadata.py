@@ -23,6 +23,19 @@ _WITH_LONGROPE = {"phi3"}
 """Architectures for which it reads `rope_factors_long` and `rope_factors_short`."""
 _ASSUMED = {"gemma2.attn_logit_softcapping": 50.0, "gemma2.final_logit_softcapping": 30.0}
 """What llama.cpp takes where a file lacks a key, for keys whose absence would have to mean "none"."""
+_FLOATS = {
+    *(
+        "attention.scale",
+        "embedding_scale",
+        "residual_scale",
+        "logit_scale",
+        "expert_weights_scale",
+    ),
+    *("attn_logit_softcapping", "final_logit_softcapping", "router_logit_softcapping"),
+    *("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "attention.clamp_kqv"),
+    *("rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor", "rope.scaling.attn_factor"),
+}
+"""Keys that llama.cpp reads as float32 and as nothing else: a config may say 12 for 12.0."""
 
 
 def general(request: ExportRequest, facts: ExportFacts, file_type: int) -> dict[str, Value]:
@@ -64,7 +77,7 @@ def hyperparameters(model: ModelFacts, facts: ExportFacts) -> dict[str, Value]:
     for key, source in facts.metadata.items():
         value = _read(model, source) if isinstance(source, str) else source
         if value is not None:
-            keys[key] = value
+            keys[key] = float(value) if key in _FLOATS else value
         elif f"{facts.architecture}.{key}" in _ASSUMED:
             raise UnsupportedError(
                 f"the model has no {source}, and llama.cpp takes {_ASSUMED[f'{facts.architecture}.{key}']} "

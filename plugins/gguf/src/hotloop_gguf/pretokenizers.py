@@ -122,7 +122,7 @@ def find(
     """
     # Composed, since some tokenizers compose first and llama.cpp does not: no matter of splitting.
     texts = [
-        unicodedata.normalize("NFC", t) for t in (*PROBES, *_triples(), *_telling(ordinary, merges))
+        unicodedata.normalize("NFC", t) for t in (*PROBES, *triples(), *_telling(ordinary, merges))
     ]
     truth = [tokenize(text) for text in texts]
     bpe = _Bpe(vocabulary, merges)
@@ -209,7 +209,8 @@ def _spelt_out(pattern: str, characters: str) -> str:
     return "".join(out)
 
 
-def _triples() -> Iterable[str]:
+def triples() -> Iterable[str]:
+    """A text for each kind of character, followed by all pairs of these."""
     for first in _UNITS:
         yield "".join(first + second + third for second in _UNITS for third in _UNITS)
 
@@ -232,16 +233,16 @@ def _telling(ordinary: Iterable[str], merges: Sequence[tuple[str, str]]) -> list
             text = bytes(decode[char] for char in token).decode("utf-8", errors="ignore")
             if len(text) > 1:
                 (texts if token in made else unmade).append(text)
-    texts = _some(texts, _SAMPLED)
+    texts = some(texts, _SAMPLED)
     characters = "".join(sorted(set("".join(texts))))
     compiled = [_compiled(candidate.patterns, characters) for candidate in CANDIDATES]
     telling = [
         text for text in texts if len({len(split(patterns, text)) for patterns in compiled}) > 1
     ]
-    return _some(telling, _KEPT) + _some(unmade, _KEPT)
+    return some(telling, _KEPT) + some(unmade, _KEPT)
 
 
-def _some(texts: list[str], most: int) -> list[str]:
+def some(texts: list[str], most: int) -> list[str]:
     """About `most` of them, evenly spread."""
     return texts[:: max(1, len(texts) // most)]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from hotloop_core.errors import CheckpointError, ExportError, UnsupportedError
 
-from . import pretokenizers
+from . import pretokenizers, sentencepiece
+from .sentencepiece import SPACE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +22,6 @@ if TYPE_CHECKING:
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """Token types, as ggml numbers them."""
 
-_SPACE = "\u2581"
 _SPECIAL = {
     "bos": "bos_token_id",
     "eos": "eos_token_id",
@@ -162,7 +163,7 @@ class Tokenizer:
         types = self._types(byte_fallback) + [UNUSED] * (rows - len(self.tokens))
         if byte_fallback:
             texts = [
-                text.replace(_SPACE, " ") if type_ == USER_DEFINED else text
+                text.replace(SPACE, " ") if type_ == USER_DEFINED else text
                 for text, type_ in zip(texts, types, strict=True)
             ]
             scores = self._scores() + [0.0] * (rows - len(self.tokens))
@@ -171,7 +172,7 @@ class Tokenizer:
         keys |= self._specials()
         if chat_template:
             keys["tokenizer.chat_template"] = chat_template
-        return keys
+        return keys | self.further_templates
 
     def _byte_level(self, tokenize: Callable[[str], list[int]]) -> dict[str, Value]:
         vocabulary: dict[str, int] = self._model["vocab"]
@@ -186,7 +187,10 @@ class Tokenizer:
 
     def _sentencepiece(self, tokenize: Callable[[str], list[int]]) -> dict[str, Value]:
         first = tokenize("a")[:1]
-        spaced = bool(first) and (self.tokens[first[0]] or "").startswith(_SPACE)
+        spaced = bool(first) and (self.tokens[first[0]] or "").startswith(SPACE)
+        ids = {text: id_ for id_, text in enumerate(self.tokens) if text is not None}
+        added = [token["content"] for token in self._added.values()]
+        sentencepiece.require_same_ids(ids, self._scores(), tokenize, added=added, prefixed=spaced)
         return {
             "tokenizer.ggml.model": "llama",
             "tokenizer.ggml.pre": "default",
@@ -196,12 +200,12 @@ class Tokenizer:
     def _scores(self) -> list[float]:
         """-(merge rank) of the pair that makes a token: the order in which SentencePiece merges.
 
-        A tokenizer.json keeps no scores, and only their order counts.
+        A tokenizer.json keeps no scores, and only their order counts: what no pair makes comes last.
         """
         ranks: dict[str, int] = {}
         for rank, (left, right) in enumerate(self.merges):
             ranks.setdefault(left + right, rank)
-        return [-float(ranks.get(token or "", 0)) for token in self.tokens]
+        return [-float(ranks.get(token or "", len(self.merges))) for token in self.tokens]
 
     def _types(self, byte_fallback: bool) -> list[int]:
         unknown = self._model.get("unk_token")
@@ -233,6 +237,20 @@ class Tokenizer:
         if turn_end is not None:
             keys["tokenizer.ggml.eot_token_id"] = turn_end
         return keys
+
+    @property
+    def further_templates(self) -> dict[str, Value]:
+        """Chat templates beside the default one, which tokenizer_config.json lists by name ("tool_use")."""
+        listed = self.config.get("chat_template")
+        further = {
+            re.sub(r"[^0-9A-Za-z]", "_", each["name"]): each["template"]
+            for each in (listed if isinstance(listed, list) else ())
+            if each["name"] != "default"
+        }
+        if not further:
+            return {}
+        keys: dict[str, Value] = {"tokenizer.chat_templates": list(further)}
+        return keys | {f"tokenizer.chat_template.{name}": text for name, text in further.items()}
 
     def _id(self, token: Any) -> int | None:
         text = token.get("content") if isinstance(token, dict) else token

@@ -6,7 +6,7 @@ import json
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from hotloop_core.errors import ConfigError
+from hotloop_core.errors import ConfigError, ExportError
 from hotloop_core.exporter import ExportReport, round_tensor
 from hotloop_core.files import Outputs
 
@@ -36,6 +36,12 @@ _NF4 = {
 }
 _LAST = {"merged": "config.json", "adapter": "adapter_config.json"}
 """Nothing loads the directory before this file is there, so it is renamed last."""
+_OTHER = {"merged": "adapter", "adapter": "merged"}
+_TOKENIZERS = (
+    *("chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt"),
+)
+"""What a tokenizer reads where it is there, and not every one writes."""
 
 
 def export(request: ExportRequest) -> ExportReport:
@@ -55,6 +61,7 @@ def export(request: ExportRequest) -> ExportReport:
         raise ConfigError(
             "safetensors has no use for an importance matrix; leave it out, or export as gguf"
         )
+    _refuse_the_other(request)
     config = _config(request)
     stored = [_stored(request, config, entry) for entry in request.tensors]
     stem = _WEIGHTS[request.contents]
@@ -62,7 +69,7 @@ def export(request: ExportRequest) -> ExportReport:
     side = sorted(_side_files(request))
     with Outputs(request.directory, overwrite=request.overwrite) as outputs:
         outputs.check([*(file.name for file in side), *files, _LAST[request.contents]])
-        outputs.replace(_of_an_older_export(request, stem))
+        outputs.replace(_of_an_older_export(request, stem, {file.name for file in side}))
         outputs.require_space(sum(tensor.bytes for tensor in stored))
         for file in side:
             outputs.copy(file)
@@ -123,14 +130,27 @@ def _side_files(request: ExportRequest) -> Iterable[Any]:
     return (f for f in request.source.iterdir() if f.is_file() and f.name not in skipped)
 
 
-def _of_an_older_export(request: ExportRequest, stem: str) -> set[str]:
-    """Weights that transformers would load instead of, or beside, what is written now."""
+def _refuse_the_other(request: ExportRequest) -> None:
+    other = _OTHER[request.contents]
+    if (request.directory / _LAST[other]).exists():
+        held = {"merged": "a model", "adapter": "an adapter"}[other]
+        raise ExportError(
+            f"{request.directory} holds {held} already ({_LAST[other]}): of an adapter and a model in one directory "
+            "transformers loads the adapter, on the base that it names, and not the model. Choose another directory."
+        )
+
+
+def _of_an_older_export(request: ExportRequest, stem: str, side: set[str]) -> set[str]:
+    """What transformers would load instead of, or beside, what is written now."""
     patterns = (
         f"{stem}.safetensors",
         f"{stem}-*-of-*.safetensors",
         f"{stem}.safetensors.index.json",
     )
-    return {file.name for pattern in patterns for file in request.directory.glob(pattern)}
+    found = {file.name for pattern in patterns for file in request.directory.glob(pattern)}
+    if "tokenizer_config.json" in side:
+        found |= {n for n in _TOKENIZERS if n not in side and (request.directory / n).exists()}
+    return found
 
 
 def _named(stem: str, groups: list[list[Stored]]) -> dict[str, list[Stored]]:

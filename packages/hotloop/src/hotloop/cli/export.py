@@ -78,6 +78,8 @@ def export(
     from hotloop_core import discover
     from hotloop_core.errors import ConfigError
 
+    from hotloop.planner import parse_bytes
+
     spec = discover().exporter(
         format_
     )  # a misspelt format or quant is told before a model is loaded
@@ -95,6 +97,7 @@ def export(
             "hotloop.exporting.check.check_gguf(path, model, tokenizer, base=...)"
         )
     # What can be refused is refused before an hour of work, not after it.
+    limit = None if max_shard_size is None else parse_bytes(max_shard_size)
     texts = _texts(check_text) if check else ()
     if push is not None:
         from hotloop.exporting.hub import require_name
@@ -115,7 +118,7 @@ def export(
         errors().print(str(losses), highlight=False)
         del both
     opened = open_source(source, base=base)
-    report = _write(opened, target, format_, quants, imatrix, max_shard_size, device, overwrite)
+    report = _write(opened, target, format_, quants, imatrix, limit, device, overwrite)
     checks = _check(opened, report, texts) if check else []
     files = [file.path for file in report.files]
     card = write_card(target, report, facts, name=opened.name or Path(source).name)
@@ -152,7 +155,7 @@ def _write(
     format_: str,
     quants: list[str] | None,
     imatrix: str | None,
-    max_shard_size: str | None,
+    max_shard_bytes: int | None,
     device: str | None,
     overwrite: bool,
 ) -> ExportReport:
@@ -161,7 +164,6 @@ def _write(
 
     from hotloop.exporting import export as write
     from hotloop.exporting import measure_importance
-    from hotloop.planner import parse_bytes
 
     importance: Any = imatrix
     if imatrix == "data":
@@ -178,7 +180,7 @@ def _write(
             quant=quants,
             importance=importance,
             device=device or ("cuda" if torch.cuda.is_available() else None),
-            max_shard_bytes=None if max_shard_size is None else parse_bytes(max_shard_size),
+            max_shard_bytes=max_shard_bytes,
             name=opened.name,
             overwrite=overwrite,
             progress=lambda done, total, name: bar.update(

@@ -93,7 +93,6 @@ def export(
     where = _device(device)
     write = _writer(exporter)
     target = _directory(Path(directory))
-    template = getattr(tokenizer, "chat_template", None)
     with tempfile.TemporaryDirectory(prefix="hotloop-export-") as temporary:
         source = Path(temporary)
         tensors, facts = _prepare(model, core, spec, contents, source, where, tokenizer)
@@ -107,7 +106,7 @@ def export(
             quants=quants,
             contents=contents,
             tokenize=None if tokenizer is None else _tokenize(tokenizer),
-            chat_template=template if isinstance(template, str) else None,
+            chat_template=_default_template(tokenizer),
             render=None if tokenizer is None else _render(tokenizer),
             overwrite=overwrite,
             max_shard_bytes=max_shard_bytes,
@@ -249,7 +248,7 @@ def _prepare(
     places = Places(family, config, facts.layers)
     try:
         if tokenizer is not None:
-            tokenizer.save_pretrained(source)
+            _save_tokenizer(tokenizer, source)
         if contents == "adapter":
             return adapter_tensors(save_adapter(model, source), places), facts
         _refuse_foreign_quantisation(base)
@@ -261,6 +260,19 @@ def _prepare(
             "Free space there, or name another folder in TMPDIR."
         ) from error
     return tensors, facts_of(family, config | {family.keys.tied: tied})
+
+
+def _save_tokenizer(tokenizer: Any, source: Path) -> None:
+    """Several chat templates go into tokenizer_config.json, not into a folder: an export is a flat set of files."""
+    several = isinstance(getattr(tokenizer, "chat_template", None), dict)
+    tokenizer.save_pretrained(source, **({"save_jinja_files": False} if several else {}))
+
+
+def _default_template(tokenizer: Any) -> str | None:
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _tokenize(tokenizer: Any) -> Callable[[str], list[int]]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 class Effective:
     """A tensor that the model computes with, under the name that it has in a plain checkpoint.
 
-    shared: the live parameter where the tensor is that parameter, unchanged, so that ties are seen; else None.
+    shared: the live parameter where the tensor is that parameter, unchanged, or with trained tokens that its tie has
+    too, those; so that ties are seen. Else None.
     rows: those rows of the first dimension alone, as `load` gives the whole; None where it cannot be had in parts.
     """
 
@@ -158,7 +159,7 @@ def _token_tensors(layer: Any, device: torch.device | None, prefix: str) -> Iter
             shape=base.shape,
             dtype=base.dtype,
             load=lambda: _moved(layer.get_merged_weights(active).detach(), device),
-            shared=None,
+            shared=layer.trainable_tokens_delta[active[0]] if len(active) == 1 else None,
         )
 
 
@@ -175,9 +176,14 @@ def _lora_tensors(layer: Any, device: torch.device | None, prefix: str) -> Itera
     held = layer.lora_embedding_A if embedding else layer.lora_A
     active = [name for name in _active_adapters(layer, path) if name in held]
     _check_variants(layer, active, path, embedding)
+    biased = [a for a in active if layer.lora_bias.get(a)]
+    if biased and getattr(layer.get_base_layer(), "bias", None) is None:
+        raise UnsupportedError(
+            f"{path}: adapter {biased[0]!r} has lora_bias, and the layer that it is on no bias to merge that into, nor "
+            "has the model's architecture. Export the adapter alone (quant='adapter')."
+        )
     for base in effective_tensors(layer.base_layer, device, prefix):
         part = base.name.removeprefix(prefix)
-        biased = [a for a in active if layer.lora_bias.get(a)]
         if part == "weight" and active:
             merge = _merged_embedding if embedding else _merged_linear
             yield _merged(base, partial(merge, layer, active), in_rows=not layer.fan_in_fan_out)
