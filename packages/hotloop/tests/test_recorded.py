@@ -11,6 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hotloop.wiring import receipt_of, wire
 from hotloop.wiring.layer import Shared
 from hotloop_core.errors import PlanError
@@ -326,6 +327,21 @@ def test_what_a_hook_on_a_layer_keeps_stays_what_it_is(device):
     step(one, ids_of(device, seed=3))
     handle.remove()
     assert torch.equal(kept[0], before)
+
+
+def test_what_an_outer_checkpoint_or_a_hook_on_saved_tensors_does_is_as_ever(device):
+    one, other = pair(device)
+    ids = ids_of(device)
+    warm(one, other, ids)
+    for model in (one, other):
+        with torch.autograd.graph.save_on_cpu():
+            step(model, ids)
+
+        def whole(x, model=model):
+            return model(input_ids=x, labels=x).loss
+
+        torch.utils.checkpoint.checkpoint(whole, ids, use_reentrant=False).backward()
+    assert_equal(one, other)
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.1}, {"modules_to_save": ["up_proj"]}])

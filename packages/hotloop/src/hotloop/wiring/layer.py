@@ -238,14 +238,18 @@ def _recorded(
 ) -> Tensor | None:
     """What the layer gives, by its recording; None where this pass, or this layer, is not recorded."""
     kind = state.shared.recorder.now
-    if (
-        kind is None or _foreign_hook(layer) is not None
-    ):  # a hook may keep what the next pass overwrites
+    if kind is None or _somebody_keeps(layer):
         return None
     blocks = Builder(state, guard, hidden, kwargs, kind).blocks()
     flat = hidden.reshape(-1, hidden.shape[-1])
     y_TD = run_recorded(kind.layer(state.index), blocks, state.path, flat)
     return None if y_TD is None else y_TD.view(hidden.shape)
+
+
+def _somebody_keeps(layer: nn.Module) -> bool:
+    """Whether a hook sees what the layer gives or saves, which the next pass overwrites."""
+    saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return saving is not None or _foreign_hook(layer) is not None
 
 
 def _needs_own_path(layer: nn.Module, state: LayerState, kwargs: Mapping[str, Any]) -> bool:
