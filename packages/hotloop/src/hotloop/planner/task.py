@@ -175,7 +175,7 @@ class Task:
     def describe(self, found: Found, notes: tuple[str, ...] = ()) -> Plan:
         """A plan of the search as the engine reads it."""
         held, space = found.bytes(), found.space
-        ready = self._stay_dequantised(found)
+        ready, recorded = self._stay_dequantised(found), self._recorded(found)
         memory = {
             "weights": held.weights,
             **(
@@ -186,6 +186,7 @@ class Task:
             **({"room for streamed weights": held.slots} if held.slots else {}),
             _trained(self.job): self.job.trained,
             "activations kept for backward": held.kept,
+            **({"recordings of layers": self._recordings} if recorded else {}),
             "working set of a layer or the loss": held.working,
             "allocator slack": held.slack,
         }
@@ -216,7 +217,7 @@ class Task:
             tokens=self.job.tokens,
             longest=self.job.longest,
             memory={name: int(size) for name, size in memory.items()},
-            step_ms=step_parts(found, ready, recorded=self._recorded(found)) if self.timed else {},
+            step_ms=step_parts(found, ready, recorded=recorded) if self.timed else {},
             budget=self.budget,
             card=self.card,
             notes=notes,
@@ -228,13 +229,20 @@ class Task:
             unaccumulated=unaccumulated(found),
         )
 
+    @property
+    def _recordings(self) -> int:
+        """Bytes of recorded layers beside what waits for backward in any case: what they hand to each other both ways,
+        and the adapters' gradients before they are handed out.
+        """
+        return 3 * self.job.stream * self.job.facts.layers + int(self.job.gradients)
+
     def _recorded(self, found: Found) -> bool:
         """Whether layers will be recorded as CUDA graphs: all is kept on the card, and there is room (see `wire`)."""
         job, homes, space = self.job, found.space.homes, found.space
         left = self.bounds.device - space.peak(found.bytes())
         kept = all(layer == KEEP_ALL for layer in found.layers()) and space.tile is None
         elsewhere = homes.embedding or homes.head or job.full or job.nf4_kv or job.facts.own
-        room = min(self.rates.memory // RECORDED_SHARE, left)
+        room = min(self.rates.memory // RECORDED_SHARE, left - self._recordings)
         return kept and not elsewhere and recorded_bytes(job.facts, job.tokens) <= room
 
     def _stay_dequantised(self, found: Found) -> int:
