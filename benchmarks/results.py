@@ -51,8 +51,8 @@ def read(path: Path = HISTORY) -> list[Row]:
 def table(rows: list[Row], *, compared: bool = False) -> str:
     """Markdown: a line for each card, model and setting, a column for each framework; all of a line from one run.
 
-    Of the runs that measured most libraries beside Hotloop it is the last: times of different runs, on different
-    machines, say nothing of each other.
+    It is the last run that measured another library beside Hotloop: times of different runs, on different machines,
+    say nothing of each other.
 
     compared: only lines in which Hotloop stands beside another.
     """
@@ -63,19 +63,19 @@ def table(rows: list[Row], *, compared: bool = False) -> str:
         if row["framework"] in NAMES:
             of_setting = runs.setdefault(_setting(row), {})
             of_setting.setdefault(str(row.get("run")), {})[row["framework"]] = _cell(row)
-    cells = {key: _fullest(list(of_setting.values())) for key, of_setting in runs.items()}
+    cells = {key: _latest(list(of_setting.values())) for key, of_setting in runs.items()}
     if compared:
         cells = {key: line for key, line in cells.items() if len(line) > 1 and "hotloop" in line}
     columns = [name for name in NAMES if any(name in line for line in cells.values())]
     return grid(("card", "setting"), {name: NAMES[name] for name in columns}, cells)
 
 
-def _fullest(runs: list[dict[str, str]]) -> dict[str, str]:
-    """The last of those that compare most."""
+def _latest(runs: list[dict[str, str]]) -> dict[str, str]:
+    """The last that compares Hotloop with another library, or else with none."""
 
-    def worth(number: int) -> tuple[bool, int, int]:
+    def worth(number: int) -> tuple[bool, bool, int]:
         ours = [name for name in runs[number] if name.startswith("hotloop")]
-        return bool(ours), len(runs[number]) - len(ours), number
+        return bool(ours), len(runs[number]) > len(ours), number
 
     return runs[max(range(len(runs)), key=worth)]
 

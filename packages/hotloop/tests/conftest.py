@@ -1,7 +1,8 @@
-"""Tiny checkpoints of real architecture, saved once for all tests of this folder."""
+"""Tiny checkpoints of real architecture, saved once for all tests of this folder, and a stand-in for CUDA graphs."""
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING
 
 import pytest
@@ -53,3 +54,32 @@ def tiny_llama(tmp_path_factory, tiny_tokenizer) -> Path:
     LlamaForCausalLM(config).save_pretrained(directory)
     tiny_tokenizer.save_pretrained(directory)
     return directory
+
+
+class Again:
+    """Runs the work once more and puts what it gives where the first run's results lie."""
+
+    def __init__(self, work):
+        recording, backward = work.__self__, work.__name__ == "_run_backward"
+        saved = copy.deepcopy(recording._run.saved) if backward else None
+        self.work, self.found = work, work()
+        if backward:
+            recording._run.saved = saved  # only a replay uses it up
+
+    def replay(self):
+        for kept, made in zip(self.found, self.work(), strict=True):
+            kept.copy_(made)
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch) -> None:
+    """A stand-in for CUDA graphs on the CPU: it runs the recorded work again, on the same memory."""
+    from hotloop_engine.blocks import graphs
+
+    def capture(work, pool):
+        made = Again(work)
+        return made, made.found
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr("hotloop.wiring.root.can_record", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)

@@ -1,7 +1,4 @@
-"""Recorded layers give the bits of layers that run as ever, through all that happens between passes.
-
-On the CPU a stand-in for CUDA graphs runs the recorded work again, on the same memory.
-"""
+"""Recorded layers give the bits of layers that run as ever, through all that happens between passes."""
 
 from __future__ import annotations
 
@@ -31,21 +28,6 @@ replayed: Counter[bool] = Counter()
 """Forwards of recorded layers so far."""
 
 
-class Again:
-    """Runs the work once more and puts what it gives where the first run's results lie."""
-
-    def __init__(self, work, pool):
-        recording, backward = work.__self__, work.__name__ == "_run_backward"
-        saved = copy.deepcopy(recording._run.saved) if backward else None
-        self.work, self.found = work, work()
-        if backward:
-            recording._run.saved = saved  # only a replay uses it up
-
-    def replay(self):
-        for kept, made in zip(self.found, self.work(), strict=True):
-            kept.copy_(made)
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     monkeypatch.setattr(Shared, "_room", lambda self: 2**30)
@@ -58,15 +40,7 @@ def device(request, monkeypatch):
 
     monkeypatch.setattr(Recording, "forward", counted)
     if request.param == "cpu":
-        made = []
-
-        def capture(work, pool):
-            made.append(Again(work, pool))
-            return made[-1], made[-1].found
-
-        monkeypatch.setattr(graphs, "capture", capture)
-        monkeypatch.setattr("hotloop.wiring.root.can_record", lambda device: True)
-        monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+        request.getfixturevalue("graphs_on_cpu")
     return torch.device(request.param)
 
 

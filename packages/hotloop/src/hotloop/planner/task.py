@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from hotloop_core import ModelFacts, Placement, Plan
 from hotloop_core.errors import BudgetError, ConfigError, PlanError
-from hotloop_core.plan import KEEP_ALL, RECOMPUTE_ALL, RECORDED_SHARE, amount, recorded_bytes
+from hotloop_core.plan import RECOMPUTE_ALL, amount
 
 from .amounts import MOST_BYTES, parse_bytes
 from .cards import EXAMPLE, REFERENCE, Card, find_card, present_card
@@ -19,6 +19,7 @@ from .job import OPTIMIZER_BYTES, Job
 from .kinds import Kind, chosen, recompute_all
 from .parts import offer_of, step_parts
 from .read import ranks_of, read, whole
+from .recorded import beside, is_recorded
 from .refusal import enough, refusal
 from .search import fastest, homes_of, lean, least, spaces
 from .space import Bounds, Found, Homes
@@ -186,7 +187,7 @@ class Task:
             **({"room for streamed weights": held.slots} if held.slots else {}),
             _trained(self.job): self.job.trained,
             "activations kept for backward": held.kept,
-            **({"recordings of layers": self._recordings} if recorded else {}),
+            **({"recordings of layers": beside(self.job)} if recorded else {}),
             "working set of a layer or the loss": held.working,
             "allocator slack": held.slack,
         }
@@ -229,21 +230,10 @@ class Task:
             unaccumulated=unaccumulated(found),
         )
 
-    @property
-    def _recordings(self) -> int:
-        """Bytes of recorded layers beside what waits for backward in any case: what they hand to each other both ways,
-        and the adapters' gradients before they are handed out.
-        """
-        return 3 * self.job.stream * self.job.facts.layers + int(self.job.gradients)
-
     def _recorded(self, found: Found) -> bool:
-        """Whether layers will be recorded as CUDA graphs: all is kept on the card, and there is room (see `wire`)."""
-        job, homes, space = self.job, found.space.homes, found.space
-        left = self.bounds.device - space.peak(found.bytes())
-        kept = all(layer == KEEP_ALL for layer in found.layers()) and space.tile is None
-        elsewhere = homes.embedding or homes.head or job.full or job.nf4_kv or job.facts.own
-        room = min(self.rates.memory // RECORDED_SHARE, left - self._recordings)
-        return kept and not elsewhere and recorded_bytes(job.facts, job.tokens) <= room
+        """Whether layers will be recorded."""
+        left = self.bounds.device - found.space.peak(found.bytes())
+        return is_recorded(found, left=left, card=self.rates.memory)
 
     def _stay_dequantised(self, found: Found) -> int:
         """How many layers can keep their weights dequantised in what is left of the budget, if they may.
