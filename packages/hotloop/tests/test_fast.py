@@ -99,6 +99,19 @@ def test_arguments_that_are_off_are_accepted(tiny_llama):
     )
 
 
+@pytest.mark.parametrize("named", ["cpu", {"": "cpu"}])
+def test_a_device_map_of_one_device_is_that_device(tiny_llama, named):
+    model, _ = loaded(tiny_llama, device_map=named)
+    FastLanguageModel.get_peft_model(model, task_type="CAUSAL_LM")
+    assert model.device.type == "cpu"
+
+
+@pytest.mark.parametrize("named", [{"model": 0, "lm_head": "cpu"}, {}, "disk"])
+def test_a_device_map_over_several_devices_is_refused(named):
+    with pytest.raises(UnsupportedError, match=r"device_map=.*one device here"):
+        FastLanguageModel.from_pretrained("nowhere", device_map=named)
+
+
 def test_an_unknown_argument_is_refused_with_the_nearest_name():
     with pytest.raises(UnknownArgumentError, match="Did you mean 'max_seq_length'"):
         FastModel.from_pretrained("nowhere", max_seq_lenght=3)

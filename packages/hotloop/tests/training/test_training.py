@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import safetensors.torch
 import torch
+from hotloop.exporting.source import open_source
 from hotloop.training.batches import PackedDataset
 from hotloop.training.directory import RunDirectory
 from hotloop.training.models import load_trained
@@ -345,3 +346,5 @@ def test_a_trained_model_ends_its_answers_as_the_runs_template_does(
     model, tokenizer = load_trained(run.recipe, run.directory.trained())
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
+    opened = open_source(str(run.directory.path))
+    assert tokenizer.eos_token_id in opened.model.generation_config.eos_token_id

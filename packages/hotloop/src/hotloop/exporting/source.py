@@ -98,6 +98,8 @@ def open_source(source: str, *, base: Base = "trained") -> Opened:
 
 
 def _open_run(source: str, base: Base) -> Opened:
+    from transformers.trainer_utils import align_special_tokens
+
     from hotloop.loading.source import Hub, fetch, locate
     from hotloop.training.directory import open_run
 
@@ -129,7 +131,8 @@ def _open_run(source: str, base: Base) -> Opened:
         section.name, revision=section.revision, trust_remote_code=section.trust_remote_code
     )
     model = put_adapter(model, trained, base=files)
-    # The run's own, with its chat template.
+    # The run's own, with its chat template; a token that ends answers there ends them here, as Trainer has it.
     tokenizer = open_tokenizer(trained, trust_remote_code=section.trust_remote_code)
+    align_special_tokens(model, tokenizer)
     note = NOTES["original"] if base == "original" else None
     return Opened(model=model, tokenizer=tokenizer, note=note, **here)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any, Literal
 
-from hotloop_core.errors import ConfigError
+from hotloop_core.errors import ConfigError, UnsupportedError
 
 from .refusals import FROM_PRETRAINED, GET_PEFT_MODEL, refuse
 
@@ -57,6 +57,7 @@ class FastLanguageModel:
         revision: str | None = None,
         local_files_only: bool = False,
         device: str | torch.device | None = None,
+        device_map: str | Mapping[str, Any] | None = None,
         rope_scaling: Mapping[str, Any] | None = None,
         attn_implementation: str | None = None,
         use_gradient_checkpointing: Checkpointing = "auto",
@@ -66,7 +67,8 @@ class FastLanguageModel:
         """`hotloop.load` under the field's names: returns (model, tokenizer).
 
         load_in_16bit and full_finetuning each mean that the base is not quantised, whatever
-        load_in_4bit says by default. `others` is only there to be refused by name.
+        load_in_4bit says by default. device_map: one device, as "cuda:1" or {"": 1}, or a word that
+        leaves the choice. `others` is only there to be refused by name.
 
         Raises:
             UnsupportedError, UnknownArgumentError: an argument that Hotloop does not have. Else as
@@ -88,7 +90,7 @@ class FastLanguageModel:
             revision=revision,
             trust_remote_code=trust_remote_code,
             attn=attn_implementation,
-            device=device,
+            device=_one_device(device, device_map),
             token=token,
             local_files_only=local_files_only,
             rope_scaling=rope_scaling,
@@ -197,6 +199,28 @@ def _whole_ends(
     if not ends:
         return targets, saved
     return [n for n in targets if n not in ends], sorted({*ends, *(saved or ())})
+
+
+def _one_device(
+    device: str | torch.device | None, device_map: str | Mapping[str, Any] | None
+) -> str | torch.device | None:
+    """The device that both name, None where neither does.
+
+    Raises:
+        UnsupportedError: a map over several devices.
+    """
+    if device_map is None or device_map in ("auto", "sequential", "balanced"):
+        return device
+    named = device_map if isinstance(device_map, str) else device_map.get("")
+    named = f"cuda:{named}" if isinstance(named, int) else named
+    alone = isinstance(device_map, str) or len(device_map) == 1
+    another = device is not None and str(device) != str(named)
+    if named is None or not alone or another or named in ("disk", "balanced_low_0"):
+        raise UnsupportedError(
+            f"from_pretrained: device_map={device_map!r} with device={device!r}; a model lives on one device here: "
+            "pass device='cuda:1', or vram= for weights that wait on the host"
+        )
+    return named
 
 
 def _placements(checkpointing: Checkpointing, vram: str | int | None) -> Placements | None:

@@ -81,10 +81,6 @@ FROM_PRETRAINED: Refusals = {
         (True, None),
         "it belongs to fast_inference, which Hotloop does not have",
     ),
-    "device_map": (
-        ("sequential", "auto", None),
-        "a model lives on one device here; pass device='cuda:1'",
-    ),
     "fix_tokenizer": (
         (True,),
         "a tokenizer that disagrees with its embedding is an error; repair it and save it",
@@ -113,6 +109,7 @@ FROM_PRETRAINED: Refusals = {
 }
 
 GET_PEFT_MODEL: Refusals = {
+    "task_type": (("CAUSAL_LM", None), "only causal language models are trained"),
     "use_dora": (
         (False, None),
         "the engine has no DoRA; use LoRA, or use_rslora=True for high ranks",

@@ -248,7 +248,7 @@ def _recorded(
 
 def _somebody_keeps(layer: nn.Module) -> bool:
     """Whether a hook sees what the layer gives or saves, which the next pass overwrites."""
-    saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    saving = torch._C._autograd._top_saved_tensors_default_hooks(True)  # type: ignore[attr-defined]
     return saving is not None or _foreign_hook(layer) is not None
 
 
