@@ -76,7 +76,7 @@ def graphs_on_cpu(monkeypatch) -> None:
     """A stand-in for CUDA graphs on the CPU: it runs the recorded work again, on the same memory."""
     from hotloop_engine.blocks import graphs
 
-    def capture(work, pool):
+    def capture(work, pool, device):
         made = Again(work)
         return made, made.found
 

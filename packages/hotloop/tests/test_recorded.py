@@ -30,7 +30,7 @@ replayed: Counter[bool] = Counter()
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    monkeypatch.setattr(Shared, "_room", lambda self: 2**30)
+    monkeypatch.setattr(Shared, "_room", lambda self, device: 2**30)
     replayed.clear()
     forward = Recording.forward
 
@@ -104,15 +104,18 @@ def recorded(model):
     return sum(r._backward is not None for k in kinds_of(model) for r in k.layers.values())
 
 
-def warm(one, other, ids):
+def warmed(device):
+    """A pair of which the first is recorded for `ids_of(device)`."""
+    one, other = pair(device)
     for _ in range(PASSES):
         for model in (one, other):
-            step(model, ids)
+            step(model, ids_of(device))
         assert_equal(one, other)
         update(one, other)
     assert recorded(one) == LAYERS
     assert not recorded(other)
     assert replayed[True] == LAYERS * (PASSES - PASSES_BEFORE)
+    return one, other
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
@@ -128,8 +131,7 @@ def test_training_by_recordings_gives_the_same_bits(device, kind):
 
 
 def test_gradients_accumulate_over_recorded_passes(device):
-    one, other = pair(device)
-    warm(one, other, ids_of(device))
+    one, other = warmed(device)
     for seed in range(3):
         for model in (one, other):
             step(model, ids_of(device, seed=seed))
@@ -138,8 +140,7 @@ def test_gradients_accumulate_over_recorded_passes(device):
 
 
 def test_a_pass_that_begins_before_the_backward_of_another_leaves_it_alone(device):
-    one, other = pair(device)
-    warm(one, other, ids_of(device))
+    one, other = warmed(device)
     for model in (one, other):
         losses = [
             model(input_ids=i, labels=i).loss for i in (ids_of(device, seed=s) for s in (5, 6))
@@ -150,8 +151,7 @@ def test_a_pass_that_begins_before_the_backward_of_another_leaves_it_alone(devic
 
 
 def test_losses_whose_backward_comes_in_the_order_of_their_passes(device):
-    one, other = pair(device)
-    warm(one, other, ids_of(device))
+    one, other = warmed(device)
     for model in (one, other):
         losses = [
             model(input_ids=i, labels=i).loss for i in (ids_of(device, seed=s) for s in (5, 6))
@@ -162,8 +162,7 @@ def test_losses_whose_backward_comes_in_the_order_of_their_passes(device):
 
 
 def test_a_loss_that_is_thrown_away_frees_the_recording(device):
-    one, other = pair(device)
-    warm(one, other, ids_of(device))
+    one, _ = warmed(device)
     loss = one(input_ids=ids_of(device), labels=ids_of(device)).loss
     (kind,) = kinds_of(one)
     assert kind.busy
@@ -173,8 +172,7 @@ def test_a_loss_that_is_thrown_away_frees_the_recording(device):
 
 
 def test_a_loss_that_is_held_after_its_backward_does_not_keep_the_recording(device):
-    one, other = pair(device)
-    warm(one, other, ids_of(device))
+    one, _ = warmed(device)
     loss = step(one, ids_of(device))
     (kind,) = kinds_of(one)
     assert loss.grad_fn is not None
@@ -182,8 +180,7 @@ def test_a_loss_that_is_held_after_its_backward_does_not_keep_the_recording(devi
 
 
 def test_a_second_backward_through_a_recorded_pass_is_refused(device):
-    one, other = pair(device)
-    warm(one, other, ids_of(device))
+    one, _ = warmed(device)
     logits = one(input_ids=ids_of(device)).logits
     loss = logits.float().square().mean()
     loss.backward(retain_graph=True)
@@ -193,9 +190,8 @@ def test_a_second_backward_through_a_recorded_pass_is_refused(device):
 
 def test_what_changes_between_passes_is_seen(device):
     """Scale, adapters switched off and on, another adapter, frozen ones, moved ones, weights written in place."""
-    one, other = pair(device)
+    one, other = warmed(device)
     ids = ids_of(device)
-    warm(one, other, ids)
 
     def every(change):
         for model in (one, other):
@@ -247,9 +243,8 @@ def test_a_reference_pass_without_adapters_in_between_changes_nothing(device):
 
 
 def test_generation_and_evaluation_in_between_change_nothing(device):
-    one, other = pair(device)
+    one, other = warmed(device)
     ids = ids_of(device)
-    warm(one, other, ids)
     texts = []
     for model in (one, other):
         model.eval()
@@ -277,9 +272,8 @@ def test_shapes_in_turn_have_recordings_of_their_own_and_too_many_take_turns(dev
 
 
 def test_the_hidden_states_that_a_caller_asks_for_stay_what_they_are(device):
-    one, other = pair(device)
+    one, _ = warmed(device)
     ids = ids_of(device)
-    warm(one, other, ids)
     held = one(input_ids=ids, labels=ids, output_hidden_states=True).hidden_states
     before = [h.detach().clone() for h in held]
     step(one, ids_of(device, seed=3))
@@ -287,9 +281,8 @@ def test_the_hidden_states_that_a_caller_asks_for_stay_what_they_are(device):
 
 
 def test_what_a_hook_on_a_layer_keeps_stays_what_it_is(device):
-    one, other = pair(device)
+    one, _ = warmed(device)
     ids = ids_of(device)
-    warm(one, other, ids)
     kept = []
 
     def keep(module, args, output):
@@ -304,9 +297,8 @@ def test_what_a_hook_on_a_layer_keeps_stays_what_it_is(device):
 
 
 def test_what_an_outer_checkpoint_or_a_hook_on_saved_tensors_does_is_as_ever(device):
-    one, other = pair(device)
+    one, other = warmed(device)
     ids = ids_of(device)
-    warm(one, other, ids)
     for model in (one, other):
         with torch.autograd.graph.save_on_cpu():
             step(model, ids)
@@ -316,6 +308,20 @@ def test_what_an_outer_checkpoint_or_a_hook_on_saved_tensors_does_is_as_ever(dev
 
         torch.utils.checkpoint.checkpoint(whole, ids, use_reentrant=False).backward()
     assert_equal(one, other)
+
+
+def test_packed_rows_that_divide_elsewhere_are_told_apart(device):
+    """As many tokens in as many sequences, the longest as long: the same recording, other offsets."""
+    one, other = pair(device)
+    ids = ids_of(device, batch=1)
+    for n in range(PASSES):
+        lengths = (5, 7) if n % 2 else (7, 5)
+        positions = torch.cat([torch.arange(length) for length in lengths])[None].to(device)
+        for model in (one, other):
+            step(model, ids, position_ids=positions)
+        assert_equal(one, other)
+        update(one, other)
+    assert replayed[True] == LAYERS * (PASSES - PASSES_BEFORE)
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.1}, {"modules_to_save": ["up_proj"]}])
@@ -332,7 +338,7 @@ def test_dropout_and_trained_weights_are_not_recorded(device, lora):
 
 
 def test_without_room_nothing_is_recorded(device, monkeypatch):
-    monkeypatch.setattr(Shared, "_room", lambda self: 2**10)
+    monkeypatch.setattr(Shared, "_room", lambda self, device: 2**10)
     one, _ = pair(device)
     for _ in range(PASSES):
         step(one, ids_of(device))
@@ -342,7 +348,7 @@ def test_without_room_nothing_is_recorded(device, monkeypatch):
 def test_what_cannot_be_recorded_is_said_and_runs_as_ever(device, monkeypatch):
     one, other = pair(device)
 
-    def fails(work, pool):
+    def fails(work, *where):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graphs, "capture", fails)
@@ -359,10 +365,10 @@ def test_a_backward_that_cannot_be_recorded_still_runs(device, monkeypatch):
     one, other = pair(device)
     real = graphs.capture
 
-    def fails(work, pool):
+    def fails(work, *where):
         if work.__name__ == "_run_backward":
             raise RuntimeError("no")
-        return real(work, pool)
+        return real(work, *where)
 
     monkeypatch.setattr(graphs, "capture", fails)
     with pytest.warns(UserWarning, match="could not be recorded"):
@@ -375,9 +381,8 @@ def test_a_backward_that_cannot_be_recorded_still_runs(device, monkeypatch):
 
 
 def test_a_copy_of_the_model_has_recordings_of_its_own(device):
-    one, other = pair(device)
+    one, other = warmed(device)
     ids = ids_of(device)
-    warm(one, other, ids)
     twin = copy.deepcopy(one)
     assert not recorded(twin)
     for model in (one, other, twin):
@@ -387,9 +392,8 @@ def test_a_copy_of_the_model_has_recordings_of_its_own(device):
 
 
 def test_undo_takes_the_recordings_along(device):
-    one, other = pair(device)
+    one, other = warmed(device)
     ids = ids_of(device)
-    warm(one, other, ids)
     for model in (one, other):
         receipt_of(model).undo()
         step(model, ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from hotloop_engine.gemm import prepare_stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -32,17 +32,19 @@ def can_record(device: torch.device) -> bool:
 _streams: dict[int, torch.cuda.Stream] = {}
 
 
-def capture(work: Callable[[], list[Tensor]], pool: Any) -> tuple[Replay, list[Tensor]]:
+def capture(
+    work: Callable[[], list[Tensor]], pool: Any, device: torch.device
+) -> tuple[Replay, list[Tensor]]:
     """A CUDA graph of `work`, in the memory of `pool`. What `work` raises comes through, and nothing stays behind."""
-    here = torch.cuda.current_stream()
-    aside = _streams.setdefault(here.device_index, torch.cuda.Stream())
-    prepare_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    aside.wait_stream(here)
-    collecting = gc.isenabled()
-    gc.disable()  # what is collected may belong to the card, and must not be given back in a recording
-    try:
-        with torch.cuda.stream(aside):
+    with torch.cuda.device(device):
+        here = torch.cuda.current_stream()
+        if here.device_index not in _streams:
+            _streams[here.device_index] = torch.cuda.Stream()
+        aside = _streams[here.device_index]
+        prepare_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside), _nothing_collected():
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 found = work()
@@ -51,8 +53,17 @@ def capture(work: Callable[[], list[Tensor]], pool: Any) -> tuple[Replay, list[T
                     graph.capture_end()
                 raise
             graph.capture_end()
+        here.wait_stream(aside)
+    return graph, found
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """What is collected may belong to the card, and must not be given back in a recording."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if collecting:
             gc.enable()
-    here.wait_stream(aside)
-    return graph, found

@@ -149,7 +149,8 @@ class Kind:
         if self._begun > 1 or self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            return graphs.capture(work, self._pool)
+            assert self.sequences is not None
+            return graphs.capture(work, self._pool, self.sequences.device)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             warnings.warn(
                 f"{where}: could not be recorded as a CUDA graph ({error}); batches of this kind run without. "

@@ -28,11 +28,11 @@ KINDS = 8
 class Recorder:
     """What is recorded of one model. now: the kind of the pass at hand, None where that runs as ever.
 
-    room: bytes that recordings may take, asked for before a kind is recorded.
+    room: bytes that recordings may take on a card, asked for before a kind is recorded.
     need: bytes of one kind with so many tokens.
     """
 
-    room: Callable[[], int]
+    room: Callable[[torch.device], int]
     need: Callable[[int], int]
     now: Kind | None = None
     _kinds: OrderedDict[tuple[object, ...], Kind] = field(default_factory=OrderedDict)
@@ -69,20 +69,20 @@ class Recorder:
             return None
         if not kind.bytes:
             kind.bytes = self.need(sequences.tokens)
-            kind.refused = not self._make_room(kind)
+            kind.refused = not self._make_room(kind, sequences.device)
             if not kind.refused:
                 torch.cuda.empty_cache()  # what passes took so far: recordings have memory of their own
         return None if kind.refused else kind
 
-    def _make_room(self, kind: Kind) -> bool:
+    def _make_room(self, kind: Kind, device: torch.device) -> bool:
         """Whether a kind's recordings have room, if need be after those that were longest not met are dropped."""
         others = {key: k for key, k in self._kinds.items() if k.layers and k is not kind}
         while True:
             taken = sum(k.bytes for k in others.values())
-            if len(others) < KINDS and kind.bytes <= self.room() - taken:
+            if len(others) < KINDS and kind.bytes <= self.room(device) - taken:
                 return True
             key = next((key for key, k in others.items() if not k.busy), None)
-            if key is None or kind.bytes > self.room():
+            if key is None or kind.bytes > self.room(device):
                 return False
             del others[key], self._kinds[key]
 

@@ -81,10 +81,10 @@ class Shared:
             self._recorder = Recorder(self._room, lambda tokens: recorded_bytes(self.facts, tokens))
         return self._recorder
 
-    def _room(self) -> int:
+    def _room(self, device: torch.device) -> int:
         """Bytes that recordings may take: a share of the card, of what is free half, and what a budget leaves."""
-        free, total = torch.cuda.mem_get_info()
-        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         room = min(total // RECORDED_SHARE, free // 2)
         plan = self.plan
         return room if plan.budget is None else min(room, plan.budget - plan.peak_bytes)
