@@ -81,7 +81,7 @@ class Kind:
 
     def __init__(self) -> None:
         self.passes = 0
-        self._begun = 0
+        self.begun = 0
         self.refused = False
         self.bytes = 0
         self.passing: Pass | None = (
@@ -108,7 +108,7 @@ class Kind:
             self.sequences.__dict__["fresh"] = given.fresh  # the same backend as before
         else:
             self.sequences.cu_seqlens.copy_(given.cu_seqlens)
-        self._begun += 1
+        self.begun += 1
         self.passing = Pass()
         self._last = weakref.ref(self.passing)
 
@@ -146,7 +146,7 @@ class Kind:
         """Records what `work` queues, which is not run; returns that and what `work` returned. None if it cannot be."""
         # Recorded in one pass, layers share what is free in between. One that is recorded later must not: what it keeps
         # would lie where graphs of layers behind it put what they need for a moment.
-        if self._begun > 1 or self._pool is None:
+        if self.begun > 1 or self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
             assert self.sequences is not None

@@ -23,6 +23,11 @@ PASSES_BEFORE = 8
 KINDS = 8
 """Kinds of batch with recordings at a time; the one that was longest not met makes room."""
 
+WORTH = 64
+"""Passes after which recordings have spared more than they cost. Where one with fewer makes room, as in a data set of
+many lengths, batches have to come twice as often from then on before they are recorded.
+"""
+
 
 @dataclass(eq=False)
 class Recorder:
@@ -35,6 +40,7 @@ class Recorder:
     room: Callable[[torch.device], int]
     need: Callable[[int], int]
     now: Kind | None = None
+    _passes_before: int = PASSES_BEFORE
     _kinds: OrderedDict[tuple[object, ...], Kind] = field(default_factory=OrderedDict)
 
     @contextmanager
@@ -65,7 +71,7 @@ class Recorder:
             kind = self._kinds[key] = Kind()
         self._kinds.move_to_end(key)
         kind.passes += 1
-        if kind.passes <= PASSES_BEFORE or kind.refused or kind.busy:
+        if kind.refused or kind.busy or (not kind.layers and kind.passes <= self._passes_before):
             return None
         if not kind.bytes:
             kind.bytes = self.need(sequences.tokens)
@@ -84,7 +90,9 @@ class Recorder:
             key = next((key for key, k in others.items() if not k.busy), None)
             if key is None or kind.bytes > self.room(device):
                 return False
-            del others[key], self._kinds[key]
+            if self._kinds.pop(key).begun < WORTH:
+                self._passes_before *= 2
+            del others[key]
 
     def _forget(self) -> None:
         """Ragged batches bring new kinds without end: of those without recordings the longest not met goes."""
