@@ -61,6 +61,10 @@ class Recorder:
         """Drops all recordings and their memory."""
         self._kinds.clear()
 
+    def __getstate__(self) -> dict[str, object]:
+        """A copy of the model has recordings of its own."""
+        return {**self.__dict__, "now": None, "_kinds": OrderedDict()}
+
     def _kind(self, sequences: Sequences, more: tuple[object, ...]) -> Kind | None:
         if threading.current_thread() is not threading.main_thread():
             return None  # replicas run side by side

@@ -48,11 +48,12 @@ class Shared:
     homes: Homes | None = None
     cuda_graphs: bool = True
     waiting: Waiting = field(init=False)
-    _recorder: Recorder | None = field(default=None, repr=False)
+    recorder: Recorder = field(init=False, repr=False)
     _known: tuple[tuple[Any, ...], Sequences] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.waiting = Waiting(self)
+        self.recorder = Recorder(self._room, self._need)
 
     def sequences(self, hidden: Tensor, kwargs: Mapping[str, Any]) -> Sequences:
         """How the tokens of this batch divide; worked out by the first layer, then remembered."""
@@ -74,13 +75,6 @@ class Shared:
         self._known = (_identity(sources, hidden.shape[:2]), found)
         return found
 
-    @property
-    def recorder(self) -> Recorder:
-        """What is recorded of this model's layers."""
-        if self._recorder is None:
-            self._recorder = Recorder(self._room, lambda tokens: recorded_bytes(self.facts, tokens))
-        return self._recorder
-
     def _room(self, device: torch.device) -> int:
         """Bytes that recordings may take: a share of the card, of what is free half, and what a budget leaves."""
         free, total = torch.cuda.mem_get_info(device)
@@ -89,8 +83,11 @@ class Shared:
         plan = self.plan
         return room if plan.budget is None else min(room, plan.budget - plan.peak_bytes)
 
+    def _need(self, tokens: int) -> int:
+        return recorded_bytes(self.facts, tokens)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": None, "_recorder": None}
+        return {**self.__dict__, "_known": None}
 
 
 def sequences_of(
