@@ -324,6 +324,16 @@ def test_packed_rows_that_divide_elsewhere_are_told_apart(device):
     assert replayed[True] == LAYERS * (PASSES - PASSES_BEFORE)
 
 
+def test_positions_of_one_row_or_of_each_are_told_apart(device):
+    one, other = warmed(device)
+    ids = ids_of(device)
+    for rows in (2, 1, 2):
+        positions = torch.arange(ids.shape[1], device=device).expand(rows, -1)
+        for model in (one, other):
+            step(model, ids, position_ids=positions)
+        assert_equal(one, other)
+
+
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.1}, {"modules_to_save": ["up_proj"]}])
 def test_dropout_and_trained_weights_are_not_recorded(device, lora):
     lora = {"target_modules": ["q_proj", "down_proj"], **lora}
@@ -335,14 +345,6 @@ def test_dropout_and_trained_weights_are_not_recorded(device, lora):
         assert_equal(one, other)
         update(one, other)
     assert not recorded(one)
-
-
-def test_without_room_nothing_is_recorded(device, monkeypatch):
-    monkeypatch.setattr(Shared, "_room", lambda self, device: 2**10)
-    one, _ = pair(device)
-    for _ in range(PASSES):
-        step(one, ids_of(device))
-    assert not kinds_of(one)
 
 
 def test_what_cannot_be_recorded_is_said_and_runs_as_ever(device, monkeypatch):

@@ -54,11 +54,14 @@ class _Table:
         return _same(self._given, (cos, sin))
 
     def fill(self, cos: Tensor, sin: Tensor, passing: Pass) -> bool:
-        """Copies them, if they are not there. False where other ones came in this pass, which backward will read."""
+        """Copies them, if they are not there.
+
+        False where they are of another size, or where others came in this pass, which backward will read.
+        """
         by, self._by = self._by, weakref.ref(passing)
         if self.holds(cos, sin):
             return True
-        if by is not None and by() is passing:
+        if cos.numel() != self.cos_PR.numel() or (by is not None and by() is passing):
             return False
         self.cos_PR.copy_(cos.reshape(self.cos_PR.shape))
         self.sin_PR.copy_(sin.reshape(self.sin_PR.shape))
@@ -84,9 +87,8 @@ class Kind:
         self.begun = 0
         self.refused = False
         self.bytes = 0
-        self.passing: Pass | None = (
-            None  # in forward; afterwards those hold it that wait for backward
-        )
+        self.passing: Pass | None = None
+        """The one in forward; afterwards those hold it that wait for backward."""
         self._last: weakref.ref[Pass] | None = None
         self.sequences: Sequences | None = None
         self.layers: dict[int, Recording] = {}
