@@ -139,26 +139,16 @@ def test_gradients_accumulate_over_recorded_passes(device):
     assert replayed[True] == LAYERS * (PASSES - PASSES_BEFORE + 3)
 
 
-def test_a_pass_that_begins_before_the_backward_of_another_leaves_it_alone(device):
+@pytest.mark.parametrize("together", [True, False], ids=["one backward", "one after the other"])
+def test_a_pass_that_begins_before_the_backward_of_another_leaves_it_alone(device, together):
     one, other = warmed(device)
     for model in (one, other):
-        losses = [
-            model(input_ids=i, labels=i).loss for i in (ids_of(device, seed=s) for s in (5, 6))
-        ]
-        (losses[0] * 2 + losses[1]).backward()
-    assert_equal(one, other)
-    assert replayed[True] == LAYERS * (PASSES - PASSES_BEFORE + 1)
-
-
-def test_losses_whose_backward_comes_in_the_order_of_their_passes(device):
-    one, other = warmed(device)
-    for model in (one, other):
-        losses = [
-            model(input_ids=i, labels=i).loss for i in (ids_of(device, seed=s) for s in (5, 6))
-        ]
-        for loss in losses:
+        batches = [ids_of(device, seed=seed) for seed in (5, 6)]
+        losses = [model(input_ids=ids, labels=ids).loss for ids in batches]
+        for loss in [losses[0] * 2 + losses[1]] if together else losses:
             loss.backward()
     assert_equal(one, other)
+    assert replayed[True] == LAYERS * (PASSES - PASSES_BEFORE + 1)
 
 
 def test_a_loss_that_is_thrown_away_frees_the_recording(device):
