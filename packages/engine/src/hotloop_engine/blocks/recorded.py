@@ -196,10 +196,8 @@ class Recording:
         self._identity, self._forward, self._backward = identity, None, None
         self._blocks, self._where = blocks, where
         below = self.kind.layers.get(self.index - 1)
-        if below is not None and below._forward is not None and _lies(x_TD, below.y_TD):
-            self.x_TD = below.y_TD
-        else:
-            self.x_TD = torch.empty_like(x_TD)
+        self._lowest = below is None or below._forward is None or not _lies(x_TD, below.y_TD)
+        self.x_TD = torch.empty_like(x_TD) if below is None or self._lowest else below.y_TD
         made = self.kind.record(self._run_forward, where)
         if made is None:
             return False
@@ -226,7 +224,7 @@ class Recording:
         if self._backward is not None:
             _bring(dy_TD, self._dy_TD)
             self._backward.replay()
-            return self._dx_TD, self._fresh()
+            return self._given_below(), self._fresh()
         above = self.kind.layers.get(self.index + 1)
         if above is not None and above._dx_TD is not None and _lies(dy_TD, above._dx_TD):
             self._dy_TD = above._dx_TD
@@ -244,7 +242,11 @@ class Recording:
             self._backward.replay()
         self._dx_TD = found[0] if need_dx else None
         self._flat = found[1:] if need_dx else found
-        return self._dx_TD, self._fresh()
+        return self._given_below(), self._fresh()
+
+    def _given_below(self) -> Tensor | None:
+        """dx; a copy from the lowest layer, since a leaf under it would keep what it is given as its gradient."""
+        return self._dx_TD.clone() if self._lowest and self._dx_TD is not None else self._dx_TD
 
     def _run_backward(self) -> list[Tensor]:
         sink: GradientSink = {}
