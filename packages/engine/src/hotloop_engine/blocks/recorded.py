@@ -17,13 +17,13 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hotloop_core.errors import GradientError, PlanError
+from hotloop_core.errors import PlanError
 from torch import Tensor
 
 from hotloop_engine.attention import Sequences
 
 from . import graphs
-from .run import Run, Surroundings, ran_twice
+from .run import Run, Surroundings, ran_twice, refuse_second_derivative, tensors_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -153,7 +153,7 @@ class Kind:
         try:
             assert self.sequences is not None
             return graphs.capture(work, self._pool, self.sequences.device)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
+        except RuntimeError as error:
             warnings.warn(
                 f"{where}: could not be recorded as a CUDA graph ({error}); batches of this kind run without. "
                 "wire(model, cuda_graphs=False) does not try.",
@@ -298,7 +298,7 @@ def run_recorded(
 ) -> Tensor | None:
     """The blocks' output, replayed or just recorded; None where they have to run as ever."""
     identity = _identity(blocks, x_TD)
-    tensors = list({id(t): t for block in blocks for t in block.tensors()}.values())
+    tensors = tensors_of(blocks)
     wants = x_TD.requires_grad or any(t.requires_grad for t in tensors)
     if identity is None or recording.kind.refused or not (wants and torch.is_grad_enabled()):
         return None
@@ -337,11 +337,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise GradientError(
-                f"{ctx.where}: a wired layer has no second derivative, and create_graph=True asks for one. "
-                "Pass create_graph=False, or undo the wiring."
-            )
+        refuse_second_derivative(ctx.where)
         _ = ctx.saved_tensors
         if ctx.passing is None:
             raise PlanError(ran_twice(ctx.where))

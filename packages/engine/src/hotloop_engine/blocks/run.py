@@ -108,8 +108,7 @@ def run_blocks(
             f"{around.where}: a torch.func transform (vmap, grad, jvp ...) is active; written-out backward passes are "
             "not transformed. Undo the wiring for it, or use torch.autograd."
         )
-    # One that serves twice, as tied projections do, has one gradient: their sum.
-    tensors = list({id(t): t for block in blocks for t in block.tensors()}.values())
+    tensors = tensors_of(blocks)
     wants = x_TD.requires_grad or any(tensor.requires_grad for tensor in tensors)
     with torch.autocast(x_TD.device.type, enabled=False):
         if torch.is_grad_enabled() and wants:
@@ -127,12 +126,26 @@ _ROOM = "_hotloop_room"
 """Marks a buffer in which a layer left its dx with room beside it: what lies there is nobody else's."""
 
 
+def tensors_of(blocks: Sequence[StreamBlock]) -> list[Tensor]:
+    """Each once: one that serves twice, as tied projections do, has one gradient, their sum."""
+    return list({id(t): t for block in blocks for t in block.tensors()}.values())
+
+
 def ran_twice(where: str) -> str:
     """What a second backward is told."""
     return (
         f"{where}: backward ran a second time through the same forward. Its saved tensors were released when the first "
         "had used them; run forward again, or add the losses before one backward."
     )
+
+
+def refuse_second_derivative(where: str) -> None:
+    """Raises GradientError in a backward that is itself to be differentiated."""
+    if torch.is_grad_enabled():
+        raise GradientError(
+            f"{where}: a wired layer has no second derivative, and create_graph=True asks for one. "
+            "Pass create_graph=False, or undo the wiring."
+        )
 
 
 class Run:
@@ -309,11 +322,7 @@ class _Blocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise GradientError(
-                f"{ctx.run.around.where}: a wired layer has no second derivative, and create_graph=True asks for one. "
-                "Pass create_graph=False, or undo the wiring."
-            )
+        refuse_second_derivative(ctx.run.around.where)
         _ = ctx.saved_tensors  # autograd checks that nobody changed them
         if dy_TD.stride(-1) != 1 or dy_TD.stride(0) < dy_TD.shape[1]:
             dy_TD = dy_TD.contiguous()  # a broadcast gradient (loss = output.sum()) has stride 0
